@@ -1,0 +1,165 @@
+"""How the weights of one MoE layer lie in memory: the contract of every kernel.
+
+`ExpertLayout` describes the experts of a layer; `ExpertTable` tells a kernel where each expert is.
+A table entry may point at a slot of the GPU pool, at a plain parameter tensor, or at pinned host
+memory: the kernels do not care (DESIGN section 4, "Expert address table").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamp")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SECTION_ALIGN = 16  # bytes; every section of a blob can be read with 16-byte loads
+_BLOB_ALIGN = 256  # bytes
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Shape, dtype and storage order of the experts of one layer.
+
+    The FFN is `down @ (act(gate @ x) * up @ x)`; "swiglu_clamp" is GPT-OSS's
+    `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`.
+    """
+
+    num_experts: int  # E
+    hidden: int  # H
+    intermediate: int  # I
+    dtype: torch.dtype
+    activation: str = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+    transposed: bool = False  # parameters are gate_up [E, H, 2I], down [E, I, H]
+    interleaved: bool = False  # gate and up rows alternate instead of lying in two halves
+    bias: bool = False  # gate_up_bias [E, 2I], down_bias [E, H]
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {self.activation!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {self.dtype}")
+        if min(self.num_experts, self.hidden, self.intermediate) < 1:
+            raise ValueError("num_experts, hidden and intermediate must be at least 1")
+
+    def sections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Byte offset and shape of each weight inside one expert's blob (row-major)."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+        if self.bias:
+            shapes["gate_up_bias"] = (2 * self.intermediate,)
+            shapes["down_bias"] = (self.hidden,)
+        out, offset = {}, 0
+        for name, shape in shapes.items():
+            out[name] = (offset, shape)
+            size = self.dtype.itemsize * int(torch.Size(shape).numel())
+            offset = _round_up(offset + size, _SECTION_ALIGN)
+        return out
+
+    @property
+    def blob_bytes(self) -> int:
+        """Bytes of one expert in the host store and in a slot."""
+        offset, shape = list(self.sections().values())[-1]
+        return _round_up(offset + self.dtype.itemsize * torch.Size(shape).numel(), _BLOB_ALIGN)
+
+
+@dataclass(frozen=True)
+class ExpertTable:
+    """Where the experts of one layer are, and how to walk through one of them.
+
+    The gate row j of expert e starts at `address[e]` bytes plus `j * gate_stride` elements, its up
+    row `up_offset` elements further, its down row n at
+    `address[e] + down_offset + e * down_skew` bytes plus `n * down_stride` elements; biases
+    likewise. `address[e] == 0` means that the expert is not here: its pairs give zero.
+    """
+
+    layout: ExpertLayout
+    address: Tensor  # int64 [E], on the device of the kernel that reads it
+    gate_stride: int
+    gate_k_stride: int
+    up_offset: int
+    down_offset: int  # bytes
+    down_skew: int  # bytes per expert
+    down_stride: int
+    down_k_stride: int
+    gate_up_bias_offset: int = 0  # bytes; the biases are read only if layout.bias
+    gate_up_bias_skew: int = 0
+    down_bias_offset: int = 0
+    down_bias_skew: int = 0
+    bias_stride: int = 1  # elements between the biases of gate row j and j + 1
+    bias_up_offset: int = 0  # elements from the bias of gate row j to that of up row j
+    owner: object = None  # keeps the memory behind the addresses alive
+
+    @staticmethod
+    def from_blobs(layout: ExpertLayout, address: Tensor, owner: object = None) -> ExpertTable:
+        """Table over row-major blobs (host store or slots) that start at `address[e]`."""
+        H, inter = layout.hidden, layout.intermediate
+        sections = layout.sections()
+        bias = {}
+        if layout.bias:
+            bias = {
+                "gate_up_bias_offset": sections["gate_up_bias"][0],
+                "down_bias_offset": sections["down_bias"][0],
+            }
+        return ExpertTable(
+            layout=layout,
+            address=address,
+            gate_stride=2 * H if layout.interleaved else H,
+            gate_k_stride=1,
+            up_offset=H if layout.interleaved else inter * H,
+            down_offset=sections["down"][0],
+            down_skew=0,
+            down_stride=inter,
+            down_k_stride=1,
+            bias_stride=2 if layout.interleaved else 1,
+            bias_up_offset=1 if layout.interleaved else inter,
+            owner=owner,
+            **bias,
+        )
+
+    @staticmethod
+    def from_parameters(
+        layout: ExpertLayout,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> ExpertTable:
+        """Table over stacked parameter tensors, [E, 2I, H] and [E, H, I] or both transposed."""
+        row, col = (2, 1) if layout.transposed else (1, 2)
+        size = layout.dtype.itemsize
+        base, skew = gate_up.data_ptr(), gate_up.stride(0) * size
+        experts = torch.arange(layout.num_experts, device=gate_up.device)
+        bias = {}
+        if gate_up_bias is not None and down_bias is not None:
+            bias = {
+                "gate_up_bias_offset": gate_up_bias.data_ptr() - base,
+                "gate_up_bias_skew": gate_up_bias.stride(0) * size - skew,
+                "down_bias_offset": down_bias.data_ptr() - base,
+                "down_bias_skew": down_bias.stride(0) * size - skew,
+            }
+        step = gate_up.stride(row)
+        return ExpertTable(
+            layout=layout,
+            address=base + skew * experts,
+            gate_stride=2 * step if layout.interleaved else step,
+            gate_k_stride=gate_up.stride(col),
+            up_offset=step if layout.interleaved else layout.intermediate * step,
+            down_offset=down.data_ptr() - base,
+            down_skew=down.stride(0) * size - skew,
+            down_stride=down.stride(row),
+            down_k_stride=down.stride(col),
+            bias_stride=2 if layout.interleaved else 1,
+            bias_up_offset=1 if layout.interleaved else layout.intermediate,
+            owner=(gate_up, down, gate_up_bias, down_bias),
+            **bias,
+        )

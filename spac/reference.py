@@ -1,0 +1,174 @@
+"""The truth: every operator in plain torch, one obvious way, fp32 (or fp64) accumulation.
+
+Kernels are tested against these functions; nothing here is tuned. Shapes: T tokens (W in a verify
+window), k chosen experts per token, E experts, H hidden, I intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spac.layout import ExpertLayout
+
+
+def activate(gate: Tensor, up: Tensor, layout: ExpertLayout) -> Tensor:
+    """act(gate) * up, or GPT-OSS's clamped form; see `ExpertLayout`."""
+    if layout.activation == "swiglu_clamp":
+        gate = gate.clamp(max=layout.limit)
+        up = up.clamp(min=-layout.limit, max=layout.limit)
+        return (up + 1) * gate * torch.sigmoid(layout.alpha * gate)
+    if layout.activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[layout.activation](gate) * up
+
+
+def expert_ffn(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    layout: ExpertLayout,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """y[t] = sum_j weights[t, j] * ffn(ids[t, j], x[t]); invalid ids (-1, >= E) add nothing.
+
+    x [T, H], ids [T, k] int, weights [T, k]; gate_up [E, 2I, H] and down [E, H, I] unless
+    `layout.transposed`. Differentiable; accumulates in the widest of fp32 and x.dtype.
+    """
+    acc = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_zeros(x.shape, dtype=acc)
+    for e in range(layout.num_experts):
+        token, choice = torch.where(ids == e)
+        if token.numel() == 0:
+            continue
+        w_gu, w_d = gate_up[e], down[e]
+        if layout.transposed:
+            w_gu, w_d = w_gu.T, w_d.T
+        h = x[token].to(acc) @ w_gu.to(acc).T
+        if gate_up_bias is not None:
+            h = h + gate_up_bias[e].to(acc)
+        gate, up = (h[:, ::2], h[:, 1::2]) if layout.interleaved else h.chunk(2, dim=-1)
+        out = activate(gate, up, layout) @ w_d.to(acc).T
+        if down_bias is not None:
+            out = out + down_bias[e].to(acc)
+        y = y.index_add(0, token, out * weights[token, choice, None].to(acc))
+    return y.to(x.dtype)
+
+
+def verify(
+    ids: Tensor, address: Tensor, utility: Tensor, bounds: Tensor, counters: Tensor, max_utility: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Split the pairs of one verify window by residency, group them, update the utility.
+
+    ids [W, k]; address int64 [E] (0 = not on the GPU); utility int32 [E] and counters int64 [4]
+    are updated in place; bounds int32 [2] = (up, down). With n[e] the pairs of expert e:
+    u += 1 if n - u >= up; u -= 1 if u - n >= down; clipped to 0..max_utility.
+    counters += (pairs, resident pairs, distinct experts, distinct resident experts).
+
+    Returns resident_ids [W, k] and cpu_ids [W, k] (int32, -1 = not this side), counts [E] int32,
+    order [W * k] int32 (the resident pairs t * k + j, by expert, then the rest as -1), and
+    offsets [E + 1] int32 (group e is order[offsets[e]:offsets[e + 1]]).
+    """
+    E = address.numel()
+    flat = ids.reshape(-1).to(torch.int64)
+    valid = (flat >= 0) & (flat < E)
+    safe = flat.clamp(0, E - 1)
+    resident = valid & (address[safe] != 0)
+    n = torch.bincount(safe[valid], minlength=E).to(torch.int32)
+    up, down = bounds[0], bounds[1]
+    step = (n - utility >= up).to(torch.int32) - (utility - n >= down).to(torch.int32)
+    utility.copy_((utility + step).clamp(0, max_utility))
+    here = (n > 0) & (address != 0)
+    counters += torch.stack([n.sum(), resident.sum(), (n > 0).sum(), here.sum()]).to(counters)
+    minus = torch.full_like(flat, -1)
+    resident_ids = torch.where(resident, flat, minus).reshape(ids.shape).to(torch.int32)
+    cpu_ids = torch.where(valid & ~resident, flat, minus).reshape(ids.shape).to(torch.int32)
+    key = torch.where(resident, flat, torch.full_like(flat, E))
+    order = torch.argsort(key, stable=True)
+    order = torch.where(key[order] < E, order, -1).to(torch.int32)
+    sizes = torch.where(address != 0, n, torch.zeros_like(n))
+    offsets = F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
+    return resident_ids, cpu_ids, n, order, offsets
+
+
+def settle(
+    utility: Tensor,
+    before: Tensor,
+    ids: Tensor,
+    accepted: Tensor,
+    bounds: Tensor,
+    rejected_weight: float,
+    max_utility: int,
+) -> None:
+    """Redo the utility update of one window, counting the pairs of rejected tokens less.
+
+    utility, before int32 [L, E] (after and before the window), ids [L, W, k], accepted = number of
+    drafted tokens accepted (rows 0..accepted of the window hold), bounds int32 [L, 2].
+    n[e] = pairs in kept rows + rejected_weight * pairs in rejected rows. utility changes in place.
+    """
+    L, W, _ = ids.shape
+    E = utility.shape[1]
+    row_weight = torch.where(torch.arange(W, device=ids.device) <= accepted, 1.0, rejected_weight)
+    for layer in range(L):
+        flat = ids[layer].reshape(-1).to(torch.int64)
+        w = row_weight[:, None].expand(ids.shape[1:]).reshape(-1).float()
+        valid = (flat >= 0) & (flat < E)
+        n = torch.zeros(E, device=ids.device).index_add(0, flat[valid], w[valid])
+        u = before[layer].float()
+        up, down = bounds[layer].float()
+        step = (n - u >= up).to(torch.int32) - (u - n >= down).to(torch.int32)
+        utility[layer] = (before[layer] + step).clamp(0, max_utility)
+
+
+def combine(partials: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Sum of fp32 [T, H] partial results, in list order, cast once to `dtype`."""
+    total = partials[0].float()
+    for p in partials[1:]:
+        total = total + p.float()
+    return total.to(dtype)
+
+
+def accept_greedy(logits: Tensor, draft: Tensor) -> Tensor:
+    """Longest prefix of `draft` that the target's argmax agrees with, and the token after it.
+
+    logits [W, V] with W = gamma + 1, draft int64 [gamma]. Returns int64 [2] =
+    (accepted, next_token); the lowest index wins a tie, as in torch.argmax on CPU.
+    """
+    choice = logits.argmax(dim=-1)
+    agree = (choice[:-1] == draft).to(torch.int64)
+    accepted = agree.cumprod(0).sum()
+    return torch.stack([accepted, choice[accepted]])
+
+
+def accept_sample(logits: Tensor, draft: Tensor, draft_probs: Tensor | None, u: Tensor) -> Tensor:
+    """Speculative sampling (Leviathan et al. 2023, algorithm 1): exact target distribution.
+
+    logits [W, V] already warped (temperature, top-k, top-p as -inf), draft int64 [gamma],
+    draft_probs fp32 [gamma, V] or None for a deterministic draft (one-hot), u fp32 [gamma + 1]
+    uniform in [0, 1). Token i is accepted if u[i] * q_i(draft_i) < p_i(draft_i); the first
+    rejected position samples from norm(max(p - q, 0)), the bonus position from p, by inverse CDF
+    at u[gamma]. Returns int64 [2] = (accepted, next_token).
+    """
+    p = torch.softmax(logits.double(), dim=-1)
+    gamma = draft.numel()
+    accepted = gamma
+    for i in range(gamma):
+        q_i = 1.0 if draft_probs is None else draft_probs[i, draft[i]].double()
+        if not bool(u[i].double() * q_i < p[i, draft[i]]):
+            accepted = i
+            break
+    residual = p[accepted]
+    if accepted < gamma:
+        if draft_probs is None:
+            residual = residual.clone()
+            residual[draft[accepted]] = 0
+        else:
+            residual = (residual - draft_probs[accepted].double()).clamp(min=0)
+    cdf = residual.cumsum(0)
+    token = torch.searchsorted(cdf, u[gamma].double() * cdf[-1], right=True)
+    last = torch.nonzero(residual)[-1, 0]  # rounding may point past the last possible token
+    return torch.stack([torch.tensor(accepted, device=p.device), torch.minimum(token, last)])
