@@ -60,7 +60,12 @@ def expert_ffn(
 
 
 def verify(
-    ids: Tensor, address: Tensor, utility: Tensor, bounds: Tensor, counters: Tensor, max_utility: int
+    ids: Tensor,
+    address: Tensor,
+    utility: Tensor,
+    bounds: Tensor,
+    counters: Tensor,
+    max_utility: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Split the pairs of one verify window by residency, group them, update the utility.
 

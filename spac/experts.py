@@ -1,0 +1,112 @@
+"""Finds the experts of a transformers model and reads their layout, or refuses it by name.
+
+The layout flags (`has_gate`, `is_transposed`, ...) are set by transformers'
+`use_experts_implementation` (transformers/integrations/moe.py). Activations are recognised by
+what they compute, not by their name: a module's own `_apply_gate` is evaluated on probe values
+and must match one of `spac.layout.ACTIVATIONS`, so an overridden gate is never silently wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spac import reference
+from spac.layout import ACTIVATIONS, DTYPES, ExpertLayout
+
+WEIGHTS = {
+    "gate_up": "gate_up_proj",
+    "down": "down_proj",
+    "gate_up_bias": "gate_up_proj_bias",
+    "down_bias": "down_proj_bias",
+}
+
+
+class UnsupportedLayout(ValueError):
+    """The experts of this model are stored or gated in a way that spac does not compute."""
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for a module that transformers dispatches through its experts interface."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+
+
+def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The (name, experts module) of every MoE layer, in order of the layers."""
+    return [(name, m) for name, m in model.named_modules() if is_experts(m)]
+
+
+def expert_layout(module: nn.Module) -> ExpertLayout:
+    """Layout of an experts module, read once and kept on the module.
+
+    Raises UnsupportedLayout naming the module's class and the property that is not supported.
+    """
+    cached = module.__dict__.get("_spac_layout")
+    if cached is not None and cached.dtype == module.gate_up_proj.dtype:
+        return cached
+    name = type(module).__name__
+    if not module.has_gate:
+        raise UnsupportedLayout(f"{name}: experts without a gate projection are not supported")
+    if module.has_post_expert_norm:
+        raise UnsupportedLayout(f"{name}: a norm after each expert is not supported")
+    gate_up = module.gate_up_proj
+    if gate_up.dtype not in DTYPES:
+        raise UnsupportedLayout(f"{name}: weights of {gate_up.dtype} are not supported")
+    num_experts, a, b = gate_up.shape
+    hidden, two_i = (a, b) if module.is_transposed else (b, a)
+    activation, alpha, limit = _recognise_gate(module)
+    layout = ExpertLayout(
+        num_experts=num_experts,
+        hidden=hidden,
+        intermediate=two_i // 2,
+        dtype=gate_up.dtype,
+        activation=activation,
+        alpha=alpha,
+        limit=limit,
+        transposed=module.is_transposed,
+        interleaved=not module.is_concatenated,
+        bias=module.has_bias,
+    )
+    module.__dict__["_spac_layout"] = layout
+    return layout
+
+
+def _recognise_gate(module: nn.Module) -> tuple[str, float, float]:
+    alpha, limit = (getattr(module, n, None) for n in ("alpha", "limit"))
+    clamped = isinstance(alpha, (int, float)) and isinstance(limit, (int, float))
+    alpha, limit = (float(alpha), float(limit)) if clamped else (0.0, 0.0)
+    gate_up = torch.linspace(-20, 20, 402, dtype=torch.float32).reshape(1, -1)
+    gate_up = gate_up[:, torch.randperm(402, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        own = module._apply_gate(gate_up)
+        gate, up = (
+            gate_up.chunk(2, dim=-1)
+            if module.is_concatenated
+            else (gate_up[:, ::2], gate_up[:, 1::2])
+        )
+        for activation in ACTIVATIONS:
+            if activation == "swiglu_clamp" and not clamped:
+                continue
+            layout = ExpertLayout(
+                1, 1, 1, torch.float32, activation=activation, alpha=alpha, limit=limit
+            )
+            ours = reference.activate(gate, up, layout)
+            if ours.shape == own.shape and torch.allclose(own, ours, rtol=1e-5, atol=1e-5):
+                return activation, alpha, limit
+    raise UnsupportedLayout(
+        f"{type(module).__name__}: its gate is none of {', '.join(ACTIVATIONS)} "
+        f"(activation {getattr(module, 'act_fn', None)})"
+    )
+
+
+def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of an experts module by spac's names; biases only where it has them."""
+    names = list(WEIGHTS)[: 4 if module.has_bias else 2]
+    return {name: getattr(module, WEIGHTS[name]) for name in names}
+
+
+def stored_view(parameter: Tensor, name: str, layout: ExpertLayout) -> Tensor:
+    """`parameter` seen row-major, as blobs hold it: [E, 2I, H], [E, H, I] or a bias."""
+    if layout.transposed and not name.endswith("bias"):
+        return parameter.transpose(1, 2)
+    return parameter
