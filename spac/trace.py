@@ -128,7 +128,7 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     except FileNotFoundError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, KeyError,
-            NotImplementedError, MemoryError) as e:  # fmt: skip
+            RuntimeError, MemoryError) as e:  # fmt: skip
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise ValueError(f"{path}: not a readable trace (npz): {reason[0]}") from None
     known = {"expert_ids", "num_experts", "boundaries", "accepted", "model"}
