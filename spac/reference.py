@@ -59,6 +59,81 @@ def expert_ffn(
     return y.to(x.dtype)
 
 
+def activate_backward(gate: Tensor, up: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:
+    """d activate / d gate and d activate / d up, elementwise."""
+    if layout.activation == "swiglu_clamp":
+        g, u = gate.clamp(max=layout.limit), up.clamp(min=-layout.limit, max=layout.limit)
+        s = torch.sigmoid(layout.alpha * g)
+        d_gate = (u + 1) * s * (1 + layout.alpha * g * (1 - s))
+        return d_gate * (gate <= layout.limit), g * s * (up.abs() <= layout.limit)
+    if layout.activation == "silu":
+        s = torch.sigmoid(gate)
+        act, slope = gate * s, s * (1 + gate * (1 - s))
+    elif layout.activation == "relu":
+        act, slope = F.relu(gate), (gate > 0).to(gate)
+    elif layout.activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(gate * 0.5**0.5))
+        act, slope = gate * cdf, cdf + gate * torch.exp(-0.5 * gate**2) / (2 * torch.pi) ** 0.5
+    else:
+        t = torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))
+        inner = (2 / torch.pi) ** 0.5 * (1 + 3 * 0.044715 * gate**2)
+        act, slope = 0.5 * gate * (1 + t), 0.5 * (1 + t) + 0.5 * gate * (1 - t**2) * inner
+    return slope * up, act
+
+
+def expert_ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    layout: ExpertLayout,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> list[Tensor]:
+    """Gradients of `expert_ffn` for dy [T, H]: of x, weights, gate_up, down and the biases, if any.
+
+    Each has the shape and dtype of its tensor; those of experts that no token chose are zero.
+    """
+    acc = torch.promote_types(x.dtype, torch.float32)
+    dx = torch.zeros_like(x, dtype=acc)
+    d_weights = torch.zeros_like(weights, dtype=acc)
+    d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+    d_biases = [torch.zeros_like(b) for b in (gate_up_bias, down_bias) if b is not None]
+    for e in range(layout.num_experts):
+        token, choice = torch.where(ids == e)
+        if token.numel() == 0:
+            continue
+        w_gu, w_d = gate_up[e].to(acc), down[e].to(acc)
+        if layout.transposed:
+            w_gu, w_d = w_gu.T, w_d.T
+        x_e, dy_e = x[token].to(acc), dy[token].to(acc)
+        h = x_e @ w_gu.T
+        if gate_up_bias is not None:
+            h = h + gate_up_bias[e].to(acc)
+        gate, up = (h[:, ::2], h[:, 1::2]) if layout.interleaved else h.chunk(2, dim=-1)
+        act = activate(gate, up, layout)
+        out = act @ w_d.T
+        if down_bias is not None:
+            out = out + down_bias[e].to(acc)
+        d_weights[token, choice] = (out * dy_e).sum(-1)
+        d_out = dy_e * weights[token, choice, None].to(acc)
+        d_act = d_out @ w_d
+        d_gate, d_up = (d * d_act for d in activate_backward(gate, up, layout))
+        d_h = (
+            torch.stack([d_gate, d_up], dim=-1).flatten(1)
+            if layout.interleaved
+            else torch.cat([d_gate, d_up], dim=-1)
+        )
+        dx.index_add_(0, token, d_h @ w_gu)
+        g_gu, g_d = d_h.T @ x_e, d_out.T @ act
+        d_gate_up[e], d_down[e] = (g_gu.T, g_d.T) if layout.transposed else (g_gu, g_d)
+        if d_biases:
+            d_biases[0][e], d_biases[1][e] = d_h.sum(0), d_out.sum(0)
+    return [dx.to(x.dtype), d_weights.to(weights.dtype), d_gate_up, d_down, *d_biases]
+
+
 def verify(
     ids: Tensor,
     address: Tensor,

@@ -1,0 +1,135 @@
+"""The nine model families through `experts_implementation="spac"`, against eager."""
+
+import pytest
+import torch
+import transformers
+
+import spac.hf  # noqa: F401  (registers "spac")
+from spac.experts import UnsupportedLayout, expert_layout, find_experts
+
+COMMON = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+DEEPSEEK = {
+    "moe_intermediate_size": 20,
+    "intermediate_size": 36,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_group": 2,
+    "topk_group": 2,
+    "num_key_value_heads": 4,
+}
+FAMILIES = {
+    "Qwen3Moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "head_dim": 12,
+    },
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 36},
+    "Olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 20},
+    "DeepseekV2": DEEPSEEK | {"topk_method": "greedy"},
+    "DeepseekV3": DEEPSEEK,
+    "GptOss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 36,
+        "head_dim": 12,
+    },
+    "Qwen2Moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 24,
+    },
+    "Glm4Moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "intermediate_size": 36,
+        "first_k_dense_replace": 1,
+        "head_dim": 12,
+    },
+    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 36},
+    "GraniteMoe": {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 20},
+}
+
+
+def build(family: str, implementation: str, device: str) -> torch.nn.Module:
+    config = getattr(transformers, f"{family}Config")(**COMMON | FAMILIES[family])
+    config._experts_implementation = implementation
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for p in model.parameters():  # some families leave their experts uninitialised
+        torch.nn.init.normal_(p, std=0.2)
+    model.set_experts_implementation(implementation)
+    return model.to(device).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_and_backward_equal_eager(family, device):
+    ids = torch.randint(0, COMMON["vocab_size"], (2, 7), device=device)
+    outcomes = {}
+    for implementation in ("eager", "spac"):
+        model = build(family, implementation, device)
+        logits = model(input_ids=ids).logits
+        logits.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        outcomes[implementation] = logits.detach(), grads
+    logits, grads = outcomes["spac"]
+    expected_logits, expected_grads = outcomes["eager"]
+    torch.testing.assert_close(logits, expected_logits, rtol=2e-4, atol=2e-4)
+    assert grads.keys() == expected_grads.keys()
+    assert any("experts" in n for n in grads)
+    for name, grad in grads.items():
+        scale = expected_grads[name].abs().max().clamp(min=1e-6)
+        torch.testing.assert_close(
+            grad / scale,
+            expected_grads[name] / scale,
+            rtol=1e-3,
+            atol=1e-3,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def test_invalid_ids_add_nothing(device):
+    model = build("Qwen3Moe", "spac", device)
+    _, module = find_experts(model)[0]
+    x = torch.randn(4, 48, device=device)
+    ids = torch.tensor([[0, 8, -1], [8, 8, 8], [1, 2, 1000], [3, 4, 5]], device=device)
+    weights = torch.rand(4, 3, device=device)
+    valid = (ids >= 0) & (ids < 8)
+    got = module(x, ids, weights)
+    expected = module(x, torch.where(valid, ids, 0), torch.where(valid, weights, 0.0))
+    assert torch.isfinite(got).all() and (got[1] == 0).all()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layout_is_recognised():
+    _, module = find_experts(build("GptOss", "spac", "cpu"))[0]
+    layout = expert_layout(module)
+    assert layout.activation == "swiglu_clamp" and layout.transposed
+    assert layout.interleaved and layout.bias
+
+
+def test_unsupported_layouts_are_refused_by_name():
+    _, module = find_experts(build("Qwen3Moe", "spac", "cpu"))[0]
+    module.act_fn = torch.nn.Tanh()
+    with pytest.raises(UnsupportedLayout, match="Qwen3MoeExperts.*gate"):
+        expert_layout(module)
+    module.has_gate = False
+    with pytest.raises(UnsupportedLayout, match="Qwen3MoeExperts.*without a gate"):
+        expert_layout(module)
