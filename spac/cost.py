@@ -1,0 +1,206 @@
+"""Cost model of one machine and one expert shape: seconds, predicted from counts.
+
+Every part is affine in what it works on, so that the balancer can add up experts:
+
+    gpu   = gpu_launch + experts * gpu_expert + pairs * gpu_pair      (resident experts)
+    cpu   = cpu_launch + experts * cpu_expert + pairs * cpu_pair      (experts left to the CPU)
+    h2d   = copies * h2d_latency + bytes * h2d_byte                   (copies and streamed experts)
+    dense = dense_layer + tokens * dense_token                        (the rest of a layer)
+    layer = dense + max(gpu, cpu, h2d of the streamed experts)
+
+`*_expert` is the time to read one expert's weights, `*_pair` the arithmetic of one (token, expert)
+pair. A launch is paid only by a side that has pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FORMAT = "spac-cost-1"
+_LONGEST = 100.0  # seconds; more for one expert, pair or copy is a broken file, not a machine
+# kind -> the coefficients that its predictor values multiply
+KINDS = {
+    "gpu": ("gpu_launch", "gpu_expert", "gpu_pair"),
+    "cpu": ("cpu_launch", "cpu_expert", "cpu_pair"),
+    "h2d": ("h2d_latency", "h2d_byte"),
+    "dense": ("dense_layer", "dense_token"),
+}
+
+
+class LayerSeconds(NamedTuple):
+    """Predicted seconds of one layer (floats, or arrays of one shape)."""
+
+    dense: NDArray[np.float64]
+    gpu: NDArray[np.float64]
+    cpu: NDArray[np.float64]
+    h2d: NDArray[np.float64]
+    total: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Coefficients in seconds (see the module text), for experts of `expert_bytes` bytes."""
+
+    expert_bytes: int
+    gpu_launch: float
+    gpu_expert: float
+    gpu_pair: float
+    cpu_launch: float
+    cpu_expert: float
+    cpu_pair: float
+    h2d_latency: float  # per copy
+    h2d_byte: float  # 1 / bandwidth
+    dense_layer: float = 0.0  # attention, router and norms of one layer, whatever the window
+    dense_token: float = 0.0
+    name: str = ""  # of the machine, for people
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "name":
+                if not isinstance(value, str):
+                    raise ValueError(f"name: needed a string, got {value!r}")
+            elif f.name == "expert_bytes":
+                if type(value) is not int or not 0 < value < 1 << 40:
+                    raise ValueError(f"expert_bytes: needed a positive integer, got {value!r}")
+            elif type(value) not in (int, float) or not 0 <= value <= _LONGEST:
+                raise ValueError(
+                    f"{f.name}: needed seconds between 0 and {_LONGEST:g}, got {value!r}"
+                )
+
+    def gpu(self, experts: ArrayLike, pairs: ArrayLike) -> NDArray[np.float64]:
+        """Seconds of the GPU FFN over `experts` distinct experts and `pairs` pairs."""
+        return self._side("gpu", experts, pairs)
+
+    def cpu(self, experts: ArrayLike, pairs: ArrayLike) -> NDArray[np.float64]:
+        """Seconds of the CPU FFN over `experts` distinct experts and `pairs` pairs."""
+        return self._side("cpu", experts, pairs)
+
+    def h2d(self, copies: ArrayLike) -> NDArray[np.float64]:
+        """Seconds to move `copies` experts from the host to the GPU."""
+        one = self.h2d_latency + self.expert_bytes * self.h2d_byte
+        return np.asarray(copies, dtype=float) * one
+
+    def dense(self, tokens: ArrayLike) -> NDArray[np.float64]:
+        """Seconds of one layer outside its experts, for a window of `tokens`."""
+        return self.dense_layer + np.asarray(tokens, dtype=float) * self.dense_token
+
+    def predict_layer(
+        self,
+        gpu_experts: ArrayLike,
+        gpu_pairs: ArrayLike,
+        cpu_experts: ArrayLike,
+        cpu_pairs: ArrayLike,
+        streamed: ArrayLike = 0,
+        tokens: ArrayLike = 1,
+    ) -> LayerSeconds:
+        """Seconds of one layer, arguments broadcast; streamed experts count in gpu_* as well."""
+        gpu, cpu = self.gpu(gpu_experts, gpu_pairs), self.cpu(cpu_experts, cpu_pairs)
+        h2d, dense = self.h2d(streamed), self.dense(tokens)
+        return LayerSeconds(dense, gpu, cpu, h2d, dense + np.maximum(np.maximum(gpu, cpu), h2d))
+
+    def observe(
+        self, kind: str, values: tuple[float, ...], seconds: float, alpha: float = 0.1
+    ) -> CostModel:
+        """A model a little nearer to `seconds`, measured for `kind` at these predictor values.
+
+        values: (experts, pairs) for "gpu" and "cpu", (copies, bytes) for "h2d", (layers, tokens)
+        for "dense". The relative error is shared out among the coefficients by how much each
+        contributed (normalised least mean squares), so that launch, per-expert and per-pair times
+        separate when the mix varies; with alpha=1 the new prediction is `seconds`. One observation
+        moves a coefficient by a factor of two at most. A measurement that is not a positive finite
+        number is ignored.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one of {tuple(KINDS)}, got {kind!r}")
+        names = KINDS[kind]
+        x = (1.0, *values) if kind in ("gpu", "cpu") else tuple(values)
+        if len(x) != len(names):
+            raise ValueError(f"values: {kind} needs {len(names) - len(x) + len(values)} numbers")
+        parts = np.array([getattr(self, n) for n in names]) * np.asarray(x, dtype=float)
+        predicted = float(parts.sum())
+        if not (math.isfinite(seconds) and seconds > 0 and math.isfinite(predicted)):
+            return self
+        if predicted <= 0:  # nothing known yet: put all of it on the last coefficient with work
+            last = max((i for i, v in enumerate(x) if v > 0), default=None)
+            if last is None:
+                return self
+            first: dict[str, Any] = {names[last]: min(seconds / x[last], _LONGEST)}
+            return replace(self, **first)
+        share = parts / predicted
+        factor = 1 + alpha * (seconds / predicted - 1) * share / (share @ share)
+        new: dict[str, Any] = {
+            n: min(getattr(self, n) * float(f), _LONGEST)
+            for n, f in zip(names, np.clip(factor, 0.5, 2.0), strict=True)
+        }
+        return replace(self, **new)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON."""
+        with open(path, "w") as f:
+            json.dump({"format": FORMAT, **asdict(self)}, f, indent=1)
+            f.write("\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> CostModel:
+        """Read JSON written by `save` (or by hand). Bad content is one line of ValueError."""
+        with open(path, "rb") as f:
+            text = f.read()
+        try:
+            return CostModel.from_dict(json.loads(text))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}: {str(e).splitlines()[0]}") from None
+
+    @staticmethod
+    def from_dict(data: Any) -> CostModel:
+        """A model from parsed JSON; unknown, missing and impossible values are ValueErrors."""
+        if not isinstance(data, dict):
+            raise ValueError(f"needed a JSON object, got {type(data).__name__}")
+        data = dict(data)
+        if (found := data.pop("format", None)) != FORMAT:
+            raise ValueError(f"format: needed {FORMAT!r}, got {found!r}")
+        known = {f.name for f in fields(CostModel)}
+        required = known - {"dense_layer", "dense_token", "name"}
+        if missing := sorted(required - set(data)):
+            raise ValueError(f"missing {', '.join(missing)}")
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown {', '.join(map(str, unknown))}")
+        return CostModel(**data)
+
+    def _side(self, kind: str, experts: ArrayLike, pairs: ArrayLike) -> NDArray[np.float64]:
+        launch, expert, pair = (getattr(self, n) for n in KINDS[kind])
+        e, p = np.asarray(experts, dtype=float), np.asarray(pairs, dtype=float)
+        # An expected count below one expert pays its share of the launch.
+        return launch * np.minimum(e, 1.0) + e * expert + p * pair
+
+
+def fit(rows: ArrayLike, seconds: ArrayLike) -> NDArray[np.float64]:
+    """Coefficients c >= 0 that minimise sum(((rows @ c - seconds) / seconds)^2).
+
+    rows [N, F], seconds [N] > 0. Features whose coefficient would be negative are dropped, worst
+    first.
+    """
+    y = np.asarray(seconds, dtype=float)
+    a = np.asarray(rows, dtype=float) / y[:, None]
+    c, live = np.zeros(a.shape[1]), np.arange(a.shape[1])
+    while live.size:
+        solution = np.linalg.lstsq(a[:, live], np.ones(len(y)), rcond=None)[0]
+        if solution.min() >= 0:
+            c[live] = solution
+            break
+        live = np.delete(live, solution.argmin())
+    return c
+
+
+def measure(layout: Any, device: Any, limit_s: float = 10.0, name: str = "") -> CostModel:
+    """Time the real operators on this machine for one `ExpertLayout`; see `spac.measure`."""
+    from spac.measure import measure_costs
+
+    return measure_costs(layout, device, limit_s, name)

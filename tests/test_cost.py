@@ -1,0 +1,158 @@
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spac.cost import FORMAT, CostModel, fit, measure
+
+MODEL = CostModel(
+    expert_bytes=9_437_184,
+    gpu_launch=30e-6,
+    gpu_expert=2.4e-6,
+    gpu_pair=0.02e-6,
+    cpu_launch=20e-6,
+    cpu_expert=95e-6,
+    cpu_pair=6e-6,
+    h2d_latency=8e-6,
+    h2d_byte=1 / 55e9,
+    dense_layer=60e-6,
+    dense_token=1e-6,
+    name="H200 host",
+)
+
+
+def test_predict_layer_is_the_slowest_side_plus_dense():
+    p = MODEL.predict_layer(10, 40, 3, 5, streamed=2, tokens=9)
+    assert p.gpu == pytest.approx(30e-6 + 24e-6 + 0.8e-6)
+    assert p.cpu == pytest.approx(20e-6 + 285e-6 + 30e-6)
+    assert p.h2d == pytest.approx(2 * (8e-6 + 9_437_184 / 55e9))
+    assert p.total == pytest.approx(69e-6 + max(p.gpu, p.cpu, p.h2d))
+
+
+def test_a_side_without_pairs_costs_nothing():
+    p = MODEL.predict_layer([0, 1], [0, 1], [1, 0], [1, 0])
+    assert p.gpu[0] == 0 and p.cpu[1] == 0 and p.total.shape == (2,)
+
+
+def test_save_load(tmp_path):
+    MODEL.save(tmp_path / "c.json")
+    assert CostModel.load(tmp_path / "c.json") == MODEL
+
+
+BAD = {
+    "missing": ({"gpu_pair": None}, "missing gpu_pair"),
+    "unknown": ({"speed": 3}, "unknown speed"),
+    "string": ({"cpu_pair": "fast"}, "cpu_pair: needed seconds between 0 and 100, got 'fast'"),
+    "bool": ({"cpu_pair": True}, "cpu_pair: needed seconds"),
+    "negative": ({"h2d_byte": -1e-9}, "h2d_byte: needed seconds"),
+    "nan": ({"gpu_expert": float("nan")}, "gpu_expert: needed seconds .* got nan"),
+    "inf": ({"gpu_expert": float("inf")}, "got inf"),
+    "huge": ({"dense_layer": 1e9}, "dense_layer: needed seconds"),
+    "bytes": ({"expert_bytes": 1.5}, "expert_bytes: needed a positive integer, got 1.5"),
+    "no bytes": ({"expert_bytes": 0}, "expert_bytes: needed a positive integer"),
+    "name": ({"name": 7}, "name: needed a string"),
+    "format": ({"format": "x"}, f"format: needed '{FORMAT}', got 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_json_is_one_line_that_names_file_and_field(tmp_path, case):
+    change, message = BAD[case]
+    path = tmp_path / "c.json"
+    MODEL.save(path)
+    data = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+    with pytest.raises(ValueError, match=message) as e:
+        CostModel.load(path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"\xff\xfe", b"3", b"[" * 100_000], ids=range(6)
+)
+def test_what_is_not_a_json_object(tmp_path, text):
+    path = tmp_path / "c.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match="c.json: ") as e:
+        CostModel.load(path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_observe_learns_every_coefficient_of_a_side(kind):
+    rng = np.random.default_rng(0)
+    wrong = dataclasses.replace(
+        MODEL,
+        **{f"{kind}_launch": 60e-6, f"{kind}_expert": 30e-6, f"{kind}_pair": 2e-6},
+    )
+    truth = dataclasses.replace(
+        MODEL, **{f"{kind}_launch": 20e-6, f"{kind}_expert": 50e-6, f"{kind}_pair": 6e-6}
+    )
+    for _ in range(1500):
+        experts = int(rng.integers(1, 40))
+        pairs = experts * int(rng.integers(1, 9))
+        seconds = float(getattr(truth, kind)(experts, pairs)) * rng.uniform(0.95, 1.05)
+        wrong = wrong.observe(kind, (experts, pairs), seconds)
+    assert getattr(wrong, f"{kind}_expert") == pytest.approx(50e-6, rel=0.15)
+    assert getattr(wrong, f"{kind}_pair") == pytest.approx(6e-6, rel=0.15)
+    for experts, pairs in ((1, 1), (10, 30), (40, 300)):
+        assert getattr(wrong, kind)(experts, pairs) == pytest.approx(
+            getattr(truth, kind)(experts, pairs), rel=0.15
+        )
+
+
+def test_observe_dense_from_nothing_and_h2d():
+    m = dataclasses.replace(MODEL, dense_layer=0, dense_token=0)
+    m = m.observe("dense", (1, 8), 80e-6)
+    assert m.dense(8) == pytest.approx(80e-6)
+    m = MODEL.observe("h2d", (4, 4 * MODEL.expert_bytes), 4 * 300e-6, alpha=1.0)
+    assert m.h2d(4) == pytest.approx(4 * 300e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_observe_ignores_broken_clocks(seconds):
+    assert MODEL.observe("gpu", (1, 1), seconds) == MODEL
+
+
+def test_observe_names_what_is_wrong():
+    with pytest.raises(ValueError, match="kind: expected one of .* got 'disk'"):
+        MODEL.observe("disk", (1, 1), 1.0)
+    with pytest.raises(ValueError, match="values: gpu needs 2 numbers"):
+        MODEL.observe("gpu", (1,), 1.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 50), st.floats(0, 200), st.floats(1e-9, 10), st.floats(0, 1))
+def test_observe_moves_towards_the_measurement_and_stays_valid(experts, pairs, seconds, alpha):
+    before = float(MODEL.gpu(experts, pairs))
+    after = float(MODEL.observe("gpu", (experts, pairs), seconds, alpha).gpu(experts, pairs))
+    assert abs(after - seconds) <= abs(before - seconds) * (1 + 1e-9) or after <= 2 * before
+
+
+def test_fit_recovers_and_never_goes_negative():
+    rows = [(1, e, p) for e in (1, 4, 16) for p in (e, 4 * e)]
+    np.testing.assert_allclose(fit(rows, np.array(rows) @ [1e-5, 2e-6, 3e-7]), [1e-5, 2e-6, 3e-7])
+    c = fit(rows, [1e-5 + 1e-6 * e - 1e-8 * p for _, e, p in rows])
+    assert (c >= 0).all() and c[2] == 0
+
+
+def test_measure_on_this_machine(device):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("spac.ops")
+    from spac.layout import ExpertLayout
+
+    layout = ExpertLayout(num_experts=16, hidden=256, intermediate=128, dtype=torch.float32)
+    if device == "cpu" and not hasattr(torch.ops.spac, "expert_ffn_cpu"):
+        pytest.importorskip("spac._C")
+        if not hasattr(torch.ops.spac, "expert_ffn_cpu"):
+            pytest.skip("the C++ extension is not built")
+    start = time.perf_counter()
+    m = measure(layout, device, limit_s=1.0)
+    assert time.perf_counter() - start < 30
+    assert m.expert_bytes == layout.blob_bytes
+    assert m.cpu(16, 16) > m.cpu(1, 1) > 0
+    assert m.h2d(1) > 0 and m.gpu(16, 16) > 0
