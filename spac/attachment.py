@@ -1,0 +1,165 @@
+"""Attach spac to a transformers model, and take it off again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import spac.hf  # noqa: F401  (registers the backend)
+from spac.budget import Budget, plan_budget
+from spac.config import SpacConfig, parse_bytes
+from spac.cost import measure
+from spac.engine import Engine
+from spac.experts import UnsupportedLayout, expert_layout, expert_parameters, find_experts
+from spac.store import HostStore
+
+
+@dataclass
+class Binding:
+    """Tells an experts module which engine runs it, as which layer."""
+
+    engine: Engine
+    layer: int
+
+
+@dataclass
+class Attachment:
+    """What `attach` changed on a model, for `detach` and `stats`."""
+
+    engine: Engine | None
+    budget: Budget | None
+    implementation: str
+    devices: dict[str, torch.device] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    draft: tuple[nn.Module, torch.device] | None = None
+    last_generation: Any = None
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """The model's attachment, or None."""
+    return model.__dict__.get("_spac_attachment")
+
+
+def attach(
+    model: nn.Module,
+    gpu_budget: int | str | None = None,
+    *,
+    draft: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Run the experts of `model` through spac within `gpu_budget` bytes of GPU memory.
+
+    model: a transformers causal LM with experts, on the CPU or one GPU. gpu_budget: all GPU bytes
+    that model, draft, KV cache and slots may take ("8GiB" or a number); None gives every expert a
+    slot on a GPU, and on a machine without one runs the CPU kernels directly, with no slots.
+    draft: a draft model that will be used and must fit the budget too; it moves to the device.
+    device: where the slots are; default "cuda" if there is one. settings: see
+    `spac.config.SpacConfig`. Returns `model`, whose parameters no longer require gradients until
+    `spac.detach(model)`. Raises ValueError (already attached, no experts, a budget too small, an
+    unsupported layout by name).
+    """
+    config = SpacConfig(**settings)
+    if attachment(model) is not None:
+        raise ValueError("attach: this model is attached already; call spac.detach(model) first")
+    experts = find_experts(model)
+    if not experts:
+        raise ValueError(f"attach: {type(model).__name__} has no Mixture-of-Experts layers")
+    layouts = [expert_layout(module) for _, module in experts]
+    if len({layout.num_experts for layout in layouts}) > 1:
+        raise UnsupportedLayout(f"{type(model).__name__}: layers with different numbers of experts")
+    _check_devices(model)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    implementation = model.config._experts_implementation
+    if target.type == "cpu" and gpu_budget is None:
+        model.__dict__["_spac_attachment"] = Attachment(None, None, implementation)
+        model.set_experts_implementation("spac")
+        return model
+    total = None if gpu_budget is None else parse_bytes(gpu_budget)
+    parameters = [expert_parameters(module) for _, module in experts]
+    expert_ids = {id(p) for layer in parameters for p in layer.values()}
+    top_k = _top_k(model)
+    budget = plan_budget(model, layouts, top_k, total, config, draft, expert_ids)
+    state = Attachment(None, budget, implementation)
+    named = dict(model.named_parameters())
+    state.devices = {n: t.device for n, t in (*named.items(), *model.named_buffers())}
+    state.requires_grad = {n: p.requires_grad for n, p in named.items()}
+    store = HostStore(layouts, pin=target.type == "cuda")
+    try:
+        for layer in parameters:
+            store.adopt(layer)
+        costs = measure(layouts[0], target, limit_s=2.0)
+        state.engine = Engine(store, budget.slots, top_k, target, config, costs)
+        _move_dense(model, {n: target for n in state.devices}, expert_ids)
+    except BaseException:
+        _give_weights_back(model, store, state)
+        raise
+    model.requires_grad_(False)
+    if draft is not None:
+        state.draft = (draft, next(draft.parameters()).device)
+        draft.to(target)
+    for index, (_, module) in enumerate(experts):
+        module.__dict__["_spac_binding"] = Binding(state.engine, index)
+    model.__dict__["_spac_attachment"] = state
+    model.set_experts_implementation("spac")
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach`: weights, devices, gradients and experts implementation as they were."""
+    state = attachment(model)
+    if state is None:
+        raise ValueError("detach: this model is not attached")
+    for _, module in find_experts(model):
+        module.__dict__.pop("_spac_binding", None)
+    del model.__dict__["_spac_attachment"]
+    model.set_experts_implementation(state.implementation)
+    if state.engine is not None:
+        state.engine.close()
+        _give_weights_back(model, state.engine.store, state)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(state.requires_grad[name])
+        if state.draft is not None:
+            draft, device = state.draft
+            draft.to(device)
+    return model
+
+
+def _give_weights_back(model: nn.Module, store: HostStore, state: Attachment) -> None:
+    experts = find_experts(model)
+    adopted = [(name, expert_parameters(module)) for name, module in experts[: len(store.blobs)]]
+    for layer, (name, parameters) in enumerate(adopted):
+        store.restore(layer, parameters, state.devices[f"{name}.gate_up_proj"])
+    _move_dense(model, state.devices, set())
+    store.close()
+
+
+def _move_dense(model: nn.Module, devices: dict[str, torch.device], leave: set[int]) -> None:
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in leave:
+            parameter.data = parameter.data.to(devices[name])
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(devices[name])
+
+
+def _check_devices(model: nn.Module) -> None:
+    devices = {p.device for p in model.parameters()}
+    if torch.device("meta") in devices or len(devices) > 1:
+        raise ValueError(
+            f"attach: the model must be on one device, its parameters are on "
+            f"{', '.join(sorted(map(str, devices)))}; load it without device_map"
+        )
+
+
+def _top_k(model: nn.Module) -> int:
+    config = model.config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise UnsupportedLayout(
+        f"{type(model).__name__}: its config does not say how many experts a token takes"
+    )

@@ -1,0 +1,92 @@
+"""One number of GPU bytes, shared out: dense weights, draft, KV cache, workspace, then slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from spac.config import SpacConfig, format_bytes
+from spac.layout import ExpertLayout
+
+_PREFILL_CHUNK = 512  # tokens that spac.generate sends through the target at once
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes by purpose; `slots` is a number of experts."""
+
+    total: int
+    dense: int
+    draft: int
+    kv_cache: int
+    workspace: int
+    slots: int
+    slot_bytes: int
+
+    @property
+    def fixed(self) -> int:
+        return self.dense + self.draft + self.kv_cache + self.workspace
+
+
+class BudgetTooSmall(ValueError):
+    """The granted GPU bytes do not hold what must be there."""
+
+
+def parameter_bytes(module: nn.Module, leave_out: set[int] | None = None) -> int:
+    """Bytes of the distinct parameters and buffers, without those whose id is in `leave_out`."""
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(t.nbytes for key, t in tensors.items() if key not in (leave_out or set()))
+
+
+def kv_cache_bytes(config, length: int, itemsize: int) -> int:
+    """Bytes of a KV cache of `length` tokens for a transformers config, batch 1."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):  # MLA is cached decompressed: keys and values differ
+        size = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    return int(config.num_hidden_layers * 2 * heads * size * length * itemsize)
+
+
+def plan_budget(
+    model: nn.Module,
+    layouts: list[ExpertLayout],
+    top_k: int,
+    total: int | None,
+    settings: SpacConfig,
+    draft: nn.Module | None,
+    expert_ids: set[int],
+) -> Budget:
+    """Share out `total` bytes; None means that every expert gets a slot.
+
+    Raises BudgetTooSmall, naming what is needed and by what.
+    """
+    config = model.config.get_text_config()
+    itemsize = layouts[0].dtype.itemsize
+    length = min(settings.max_length, getattr(config, "max_position_embeddings", None) or 1 << 30)
+    dense = parameter_bytes(model, expert_ids)
+    kv_cache = kv_cache_bytes(config, length, itemsize)
+    draft_bytes = 0
+    if draft is not None:
+        draft_bytes = parameter_bytes(draft) + kv_cache_bytes(draft.config, length, itemsize)
+    # A chunk of hidden rows and expert activations, and the logits of one verify window in fp32.
+    tokens = min(_PREFILL_CHUNK, length)
+    per_token = 8 * config.hidden_size + 3 * top_k * layouts[0].intermediate
+    logits = 2 * 4 * settings.max_window * config.vocab_size
+    workspace = 4 * tokens * per_token + logits
+    slot_bytes = max(layout.blob_bytes for layout in layouts)
+    experts = sum(layout.num_experts for layout in layouts)
+    fixed = dense + draft_bytes + kv_cache + workspace
+    if total is None:
+        total = fixed + experts * slot_bytes
+    if total < fixed + slot_bytes:
+        parts = {"dense weights": dense, "draft": draft_bytes, "KV cache": kv_cache}
+        parts |= {"workspace": workspace, "one expert": slot_bytes}
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+        raise BudgetTooSmall(
+            f"gpu_budget: {format_bytes(total)} given, {format_bytes(fixed + slot_bytes)} needed "
+            f"({listed}; KV cache for max_length={length})"
+        )
+    slots = min((total - fixed) // slot_bytes, experts)
+    return Budget(total, dense, draft_bytes, kv_cache, workspace, slots, slot_bytes)

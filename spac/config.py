@@ -1,0 +1,57 @@
+"""User settings of an attached model, and sizes written by people ("8GiB")."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+POLICIES = ("spac", "spac-reference", "static")
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of `size`: an integer, or text such as "8GiB", "500 MB" or "1.5g"."""
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise ValueError(f'size: expected bytes or text such as "8GiB", got {size!r}')
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", size.lower())
+        if match is None or match[2] == "i":
+            raise ValueError(f'size: expected bytes or text such as "8GiB", got {size!r}')
+        size = int(float(match[1]) * _UNITS[match[2]])
+    if size < 0:
+        raise ValueError(f"size: must not be negative, got {size}")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """`size` bytes for people, in binary units: 8.0 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class SpacConfig:
+    """Settings of `spac.attach`; the defaults are what the docs measure."""
+
+    policy: str = "spac"  # "spac" calibrates the bounds, "spac-reference" is the paper's 5 and 1
+    max_length: int = 4096  # tokens of KV cache that the budget pays for
+    max_window: int = 32  # a forward over more tokens than this is prefill
+    max_utility: int = 5  # K of the paper
+    rejected_weight: float = 1.0  # what a rejected token's pairs count; 1 = the paper
+    rebalance_every: int = 16  # windows between two integer programmes
+    max_copies: int = 64  # experts that may be fetched in one window, at most
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy: expected one of {POLICIES}, got {self.policy!r}")
+        if not 0 <= self.rejected_weight <= 1:
+            raise ValueError(f"rejected_weight: expected 0..1, got {self.rejected_weight}")
+        for name in ("max_length", "max_window", "max_utility", "rebalance_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.max_copies < 0:
+            raise ValueError(f"max_copies: must not be negative, got {self.max_copies}")

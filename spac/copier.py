@@ -1,0 +1,100 @@
+"""The copy thread: fills slots with the experts of the highest score, evicts the lowest."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import numpy as np
+import torch
+
+from spac.control import Control, Snapshot
+from spac.pool import SlotPool
+from spac.store import HostStore
+
+_MARGIN = 0.5  # a newcomer must beat its victim by this much, or two experts would take turns
+
+
+class CopyThread(threading.Thread):
+    """One round per window, on the latest snapshot. An exception is kept in `error`."""
+
+    def __init__(self, pool: SlotPool, store: HostStore, control: Control, max_copies: int) -> None:
+        super().__init__(name="spac-copy", daemon=True)
+        self.pool, self.store, self.control, self.max_copies = pool, store, control, max_copies
+        self.error: BaseException | None = None
+        self.bytes_copied = 0
+        self._inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
+        self._stream = torch.cuda.Stream(pool.memory.device) if pool.memory.is_cuda else None
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Start a round. Rounds that come late are skipped, the latest snapshot counts."""
+        self._inbox.put(snapshot)
+
+    def close(self) -> None:
+        """Finish the round in progress and stop; returns when the thread has ended."""
+        self._inbox.put(None)
+        if self.is_alive():
+            self.join()
+
+    def fill(self) -> None:
+        """First residents: the same number of experts in every layer. Before any forward."""
+        num_layers, num_experts = self.pool.slot_of.shape
+        for index in range(min(self.pool.num_slots, num_layers * num_experts)):
+            expert, layer = divmod(index, num_layers)
+            slot = self.pool.take()
+            assert slot is not None
+            self._copy(layer, expert, slot)
+        for layer in range(num_layers):
+            self.pool.publish(layer)
+
+    def run(self) -> None:
+        try:
+            while (snapshot := self._latest()) is not None:
+                self._round(snapshot)
+        except BaseException as error:  # reported by the forward thread
+            self.error = error
+
+    def _latest(self) -> Snapshot | None:
+        snapshot = self._inbox.get()
+        while snapshot is not None and not self._inbox.empty():
+            snapshot = self._inbox.get()
+        return snapshot
+
+    def _round(self, snapshot: Snapshot) -> None:
+        pool = self.pool
+        scores = self.control.scores(snapshot, pool.held)
+        hot = ~pool.held & (snapshot.utility >= self.control.tau[:, None])
+        wanted = _sorted(scores, hot, descending=True)[: self.max_copies]
+        copied = 0
+        for layer, expert in wanted:
+            slot = pool.take()
+            if slot is None:
+                break
+            self._copy(layer, expert, slot)
+            copied += 1
+        waiting = wanted[copied + pool.pending :]
+        victims = _sorted(scores, pool.held & (pool.slot_of >= 0), descending=False)
+        for newcomer, victim in zip(waiting, victims, strict=False):
+            if scores[tuple(newcomer)] < scores[tuple(victim)] + _MARGIN:
+                break
+            pool.evict(int(victim[0]), int(victim[1]))
+
+    def _copy(self, layer: int, expert: int, slot: int) -> None:
+        blob = self.store.blobs[layer][expert]
+        target = self.pool.memory[slot, : blob.numel()]
+        self.pool.held[layer, expert] = True
+        if self._stream is None:
+            target.copy_(blob)
+        else:
+            with torch.cuda.stream(self._stream):
+                target.copy_(blob, non_blocking=True)
+            self._stream.synchronize()
+        self.bytes_copied += blob.numel()
+        self.pool.load(int(layer), int(expert), slot)
+
+
+def _sorted(scores: np.ndarray, mask: np.ndarray, descending: bool) -> np.ndarray:
+    """(layer, expert) rows where `mask`, by score, ties in index order."""
+    where = np.argwhere(mask)
+    key = scores[mask]
+    return where[np.argsort(-key if descending else key, kind="stable")]

@@ -1,0 +1,22 @@
+"""The bundled model: a small Qwen3-MoE for Python code, its draft and their tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from spac.loading import load_model
+
+FOLDER = Path(__file__).parent / "demo"
+TARGET = FOLDER / "target"
+DRAFT = FOLDER / "draft"
+
+
+def load_demo(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Any]:
+    """(target, draft, tokenizer), in eval mode on the CPU."""
+    target = load_model(TARGET, dtype, experts_implementation="spac")
+    return target, load_model(DRAFT, dtype), AutoTokenizer.from_pretrained(TARGET)

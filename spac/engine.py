@@ -1,0 +1,202 @@
+"""Runs the experts of an attached model over two memories: slots on the GPU, the rest on the CPU.
+
+One forward of layer l (DESIGN section 2): publish the layer's slot changes; split the window's
+pairs by residency, updating the utility in the same kernel; run the resident pairs on the GPU
+while the CPU computes the others from host memory; add the two. A forward over more than
+`max_window` tokens is prefill: it leaves the utility alone and reads experts that are not
+resident straight from pinned host memory. On a machine without a GPU both memories are host
+memory and both sides run on the CPU, one after the other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from spac import ops
+from spac.config import SpacConfig
+from spac.control import Control, Snapshot
+from spac.copier import CopyThread
+from spac.cost import CostModel
+from spac.layout import ExpertTable
+from spac.pool import SlotPool
+from spac.store import HostStore
+
+COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
+
+
+class Engine:
+    """Experts of all layers of one model. `forward` is called by the layers, in order."""
+
+    def __init__(
+        self,
+        store: HostStore,
+        num_slots: int,
+        top_k: int,
+        device: torch.device,
+        config: SpacConfig,
+        costs: CostModel,
+    ) -> None:
+        layouts = store.layouts
+        num_layers, num_experts = len(layouts), layouts[0].num_experts
+        self.store, self.config, self.device, self.top_k = store, config, device, top_k
+        self.pool = SlotPool(layouts, num_slots, device)
+        self.utility = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
+        self.frequency = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(num_layers, 4, dtype=torch.int64, device=device)
+        self.control = Control(config, costs, num_layers, num_experts, num_slots)
+        self.bounds = torch.from_numpy(self.control.bounds).to(device)
+        self._bounds_shown = self.control.bounds
+        self.copier = CopyThread(self.pool, store, self.control, config.max_copies)
+        self.host_tables = [store.table(layer) for layer in range(num_layers)]
+        self.slot_tables = [
+            ExpertTable.from_blobs(layout, self.pool.address[layer], owner=self.pool.memory)
+            for layer, layout in enumerate(layouts)
+        ]
+        self._host_address = torch.stack([t.address for t in self.host_tables]).to(device)
+        self.windows = 0
+        self.prefill_tokens = 0
+        self.streamed_bytes = 0
+        self.cpu_seconds = 0.0
+        self._before: Tensor | None = None  # utility at the start of the window, for settle
+        self._window_ids: list[Tensor] = []
+        self._staging = (
+            _Staging(config.max_window, layouts[0].hidden, top_k) if self._cuda else None
+        )
+        self._forwarding = threading.Lock()
+        self.copier.fill()
+        if config.policy != "static":
+            self.copier.start()
+
+    @property
+    def _cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @torch.no_grad()
+    def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The experts of one layer: hidden [T, H], ids and weights [T, k]; returns [T, H]."""
+        if not self._forwarding.acquire(blocking=False):
+            raise RuntimeError("spac: this model is already running a forward in another thread")
+        try:
+            return self._forward(layer, hidden, ids.to(torch.int32), weights.float())
+        finally:
+            self._forwarding.release()
+
+    def _forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        prefill = hidden.shape[0] > self.config.max_window
+        if layer == 0 and not prefill:
+            self._begin_window()
+        self.pool.publish(layer)
+        if prefill:
+            return self._prefill(layer, hidden, ids, weights)
+        resident_ids, cpu_ids, counts, _, _ = ops.verify(
+            ids,
+            self.pool.address[layer],
+            self.utility[layer],
+            self.bounds[layer],
+            self.counters[layer],
+            self.config.max_utility,
+        )
+        self.frequency[layer] += counts
+        if self._before is not None:
+            self._window_ids.append(ids)
+        if self._staging is not None:
+            self._staging.send(hidden, cpu_ids, weights)
+        partial = ops.expert_ffn_table(hidden, resident_ids, weights, self.slot_tables[layer])
+        if self._staging is not None:
+            hidden_host, cpu_ids, weights = self._staging.receive(hidden.shape[0])
+        else:
+            hidden_host = hidden
+        if not bool((cpu_ids >= 0).any()):
+            return partial.to(hidden.dtype)
+        start = time.perf_counter()
+        rest = ops.expert_ffn_table(hidden_host, cpu_ids, weights, self.host_tables[layer])
+        self.cpu_seconds += time.perf_counter() - start
+        if self._staging is not None:
+            rest = self._staging.send_back(rest, self.device)
+        return ops.combine([partial, rest], hidden.dtype)
+
+    def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        slots, host = self.pool.address[layer], self._host_address[layer]
+        table = ExpertTable.from_blobs(
+            self.store.layouts[layer], torch.where(slots != 0, slots, host), owner=self.store
+        )
+        if layer == 0:
+            self.prefill_tokens += hidden.shape[0]
+        missing = int((self.pool.slot_of[layer] < 0).sum())
+        self.streamed_bytes += missing * self.store.layouts[layer].blob_bytes
+        return ops.expert_ffn_table(hidden, ids, weights, table, hidden.dtype)
+
+    def _begin_window(self) -> None:
+        if self.copier.error is not None:
+            raise RuntimeError(f"spac: the copy thread stopped: {self.copier.error}")
+        self.windows += 1
+        bounds = self.control.bounds
+        if bounds is not self._bounds_shown:
+            self.bounds.copy_(torch.from_numpy(bounds))
+            self._bounds_shown = bounds
+        if self.config.rejected_weight < 1:
+            self._before = self.utility.clone()
+            self._window_ids = []
+        if self.copier.is_alive():
+            self.copier.submit(
+                Snapshot(
+                    self.windows,
+                    self.utility.cpu().numpy().copy(),
+                    self.frequency.cpu().numpy().copy(),
+                )
+            )
+
+    def settle(self, accepted: Tensor) -> None:
+        """After a verify window: count the pairs of rejected tokens by `rejected_weight`."""
+        if self._before is None or len(self._window_ids) != len(self.store.layouts):
+            return
+        ops.settle(
+            self.utility,
+            self._before,
+            torch.stack(self._window_ids),
+            accepted,
+            self.bounds,
+            self.config.rejected_weight,
+            self.config.max_utility,
+        )
+
+    def close(self) -> None:
+        """Stop the threads; no forward may be running. The store keeps the weights."""
+        self.copier.close()
+        self.control.close()
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+
+
+class _Staging:
+    """Pinned buffers for one layer's hand-over to the CPU and back, reused by every layer.
+
+    Reuse is safe: `receive` waits for an event that lies behind the previous layer's copies.
+    """
+
+    def __init__(self, tokens: int, hidden: int, top_k: int) -> None:
+        self._ids = torch.empty(tokens, top_k, dtype=torch.int32, pin_memory=True)
+        self._weights = torch.empty(tokens, top_k, dtype=torch.float32, pin_memory=True)
+        self._hidden = torch.empty(tokens, hidden, dtype=torch.float32, pin_memory=True)
+        self._back = torch.empty(tokens, hidden, dtype=torch.float32, pin_memory=True)
+        self._sent = torch.cuda.Event()
+
+    def send(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        tokens = hidden.shape[0]
+        self._ids[:tokens].copy_(ids, non_blocking=True)
+        self._weights[:tokens].copy_(weights, non_blocking=True)
+        self._hidden[:tokens].copy_(hidden.float(), non_blocking=True)
+        self._sent.record()
+
+    def receive(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        self._sent.synchronize()
+        return self._hidden[:tokens], self._ids[:tokens], self._weights[:tokens]
+
+    def send_back(self, rest: Tensor, device: torch.device) -> Tensor:
+        back = self._back[: rest.shape[0]]
+        back.copy_(rest)
+        return back.to(device, non_blocking=True)

@@ -1,0 +1,71 @@
+"""Load a checkpoint for offloading: experts go to host memory, never all of them to the GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import spac.hf  # noqa: F401  (registers the backend)
+from spac.attachment import attach
+
+
+def from_pretrained(
+    path: str | Path,
+    gpu_budget: int | str | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    draft: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """A causal LM from a local folder or hub name, attached to spac; see `spac.attach`.
+
+    The checkpoint is read (memory-mapped) into host memory; layer by layer its experts move into
+    the page-locked host store, and only the dense part and the slots go to the GPU. model_kwargs
+    go to transformers' from_pretrained. Raises ValueError or OSError in one line for a missing,
+    truncated or incomplete checkpoint.
+    """
+    model = load_model(path, dtype, experts_implementation="spac", **(model_kwargs or {}))
+    return attach(model, gpu_budget, draft=draft, device=device, **settings)
+
+
+def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **kwargs: Any) -> nn.Module:
+    """transformers' AutoModelForCausalLM on the CPU, files checked first, in eval mode."""
+    check_checkpoint(path)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cannot load the model: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{path}: {len(missing)} weights are missing, among them {missing[0]}")
+    return model.eval()
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Open every safetensors file of a local checkpoint folder; one line of ValueError if bad."""
+    folder = Path(path)
+    if not folder.exists():
+        if folder.is_absolute() or str(path).startswith("."):
+            raise ValueError(f"{path}: no such folder")
+        return  # a hub name
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json; a transformers checkpoint folder is needed")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path}: no .safetensors file in this folder")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file}: truncated or not safetensors ({reason})") from error

@@ -1,0 +1,119 @@
+"""The slot pool: which experts are on the GPU, and the protocol that changes it.
+
+Two threads meet here. The *forward* thread launches kernels and, when it comes past layer l,
+publishes what changed in layer l. The *copy* thread fills slots. No kernel ever reads a slot that
+is being written (DESIGN section 4, "Engine"), because a slot goes round like this:
+
+    resident --evict()--> leaving --publish()--> reclaimed --take()--> being filled
+        ^                                                                   |
+        +------------------publish()<-- arriving <--load()-----------------+
+
+`publish` zeroes the address of a leaving expert in stream order and records an event after it;
+`take` waits for that event, so every kernel that could have read the slot is done. `load` is
+called when the copy has completed; the next `publish` of the layer makes the expert visible.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spac.layout import ExpertLayout
+
+
+@dataclass
+class _Mailbox:
+    leaving: list[int] = field(default_factory=list)  # experts
+    arriving: list[tuple[int, int]] = field(default_factory=list)  # (expert, slot)
+
+
+class SlotPool:
+    """`num_slots` equal slots shared by all layers, and the address table of every layer."""
+
+    def __init__(self, layouts: list[ExpertLayout], num_slots: int, device: torch.device) -> None:
+        num_layers, num_experts = len(layouts), layouts[0].num_experts
+        self.slot_bytes = max(layout.blob_bytes for layout in layouts)
+        self.num_slots = num_slots
+        self.memory = torch.empty(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
+        self.address = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self.slot_of = np.full((num_layers, num_experts), -1, dtype=np.int32)  # published
+        self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
+        self.loads = 0
+        self.evictions = 0
+        self._lock = threading.Lock()
+        self._mail = [_Mailbox() for _ in layouts]
+        self._reclaimed: deque[tuple[int, torch.cuda.Event | None]] = deque(
+            (slot, None) for slot in range(num_slots)
+        )
+
+    # forward thread
+
+    def publish(self, layer: int) -> None:
+        """Make the layer's changes visible to the kernels launched from here on."""
+        mail = self._mail[layer]
+        if not mail.leaving and not mail.arriving:
+            return
+        with self._lock:
+            freed = []
+            for expert in mail.leaving:
+                freed.append(int(self.slot_of[layer, expert]))
+                self.slot_of[layer, expert] = -1
+            for expert, slot in mail.arriving:
+                self.slot_of[layer, expert] = slot
+            self._mail[layer] = _Mailbox()
+            slots = self.slot_of[layer]
+            row = np.where(
+                slots >= 0, self.memory.data_ptr() + slots * np.int64(self.slot_bytes), 0
+            )
+            event = self._write_row(layer, torch.from_numpy(row))
+            self._reclaimed.extend((slot, event) for slot in freed)
+
+    def _write_row(self, layer: int, row: Tensor) -> torch.cuda.Event | None:
+        if not self.address.is_cuda:
+            self.address[layer] = row
+            return None
+        self.address[layer].copy_(row.pin_memory(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    # copy thread
+
+    def evict(self, layer: int, expert: int) -> None:
+        """Ask for the expert's slot; it comes back through `take` after its grace period."""
+        with self._lock:
+            self.held[layer, expert] = False
+            self.evictions += 1
+            self._mail[layer].leaving.append(expert)
+
+    def take(self) -> int | None:
+        """A slot that no kernel reads, or None if none has been reclaimed yet."""
+        with self._lock:
+            if not self._reclaimed:
+                return None
+            slot, event = self._reclaimed.popleft()
+        if event is not None:
+            event.synchronize()
+        return slot
+
+    def load(self, layer: int, expert: int, slot: int) -> None:
+        """The expert's weights are complete in `slot`: show them at the layer's next pass."""
+        with self._lock:
+            self.loads += 1
+            self._mail[layer].arriving.append((expert, slot))
+
+    def give_back(self, slot: int) -> None:
+        """Return an unused slot taken with `take`."""
+        with self._lock:
+            self._reclaimed.append((slot, None))
+
+    @property
+    def pending(self) -> int:
+        """Slots asked for or reclaimed, and not yet filled."""
+        with self._lock:
+            return len(self._reclaimed) + sum(len(m.leaving) for m in self._mail)

@@ -1,0 +1,269 @@
+"""The speculative loop: draft, verify in one target forward, accept, repeat. Batch 1."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.generation import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from spac import ops
+from spac.attachment import attachment
+from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft, Warp
+from spac.draft_length import DraftLengthController
+
+_PREFILL_CHUNK = 512
+_MAX_GAMMA = 16
+
+
+@dataclass
+class GenerationResult:
+    """Tokens and counts of one `generate` call; seconds are wall time."""
+
+    sequences: Tensor  # int64 [1, prompt + new]
+    new_tokens: int = 0
+    target_forwards: int = 0  # verify windows, without prefill
+    drafted: int = 0
+    accepted: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    gammas: list[int] = field(default_factory=list)  # draft length of every window
+    draft_length_reason: str = ""
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that were accepted; 0 if none was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens per target forward, the first one, which prefill gives, left out."""
+        return (self.new_tokens - 1) / self.target_forwards if self.target_forwards else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: prefill and the token that it gives are left out."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    draft: nn.Module | str | None = None,
+    num_draft_tokens: int | str = "auto",
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | list[int] | None = None,
+    streamer: Any = None,
+    seed: int | None = None,
+    return_result: bool = False,
+) -> Tensor | GenerationResult:
+    """Generate up to `max_new_tokens` after input_ids int64 [1, n]; returns ids [1, n + new].
+
+    model: a transformers causal LM, attached or not. draft: a causal LM with the same tokenizer,
+    "ngram" (prompt lookup) or None. num_draft_tokens: draft length gamma >= 0, or "auto", which
+    chooses it, 0 included, by predicted speed. Greedy output is the target's own greedy choice,
+    whatever the draft; with `do_sample` its distribution is the target's (temperature, top_k,
+    top_p; 0 and 1.0 switch the last two off). eos_token_id: default from the model's
+    generation_config. streamer: a transformers streamer. seed: of the sampling. With
+    `return_result` the whole `GenerationResult` comes back; `spac.stats(model)` keeps it too for
+    an attached model. Raises ValueError for a bad argument or a draft with another vocabulary.
+    """
+    _check_arguments(input_ids, num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
+    device = model.device
+    generator = torch.Generator(device)
+    if seed is not None:
+        generator.manual_seed(seed)
+    warp = _warp(temperature, top_k, top_p) if do_sample else None
+    drafter = _drafter(model, draft, warp, generator)
+    chooser = _GammaChooser(num_draft_tokens, isinstance(drafter, NoDraft))
+    eos = _eos_ids(model, eos_token_id)
+    state = attachment(model)
+    engine = state.engine if state is not None else None
+
+    tokens = input_ids.to(device)[0]
+    result = GenerationResult(input_ids)
+    cache = DynamicCache()
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    start = time.perf_counter()
+    row = _prefill(model, tokens, cache)
+    accepted, new = _accept(row, tokens[:0], None, warp, tokens, generator)
+    tokens, done = _append(tokens, new, result, max_new_tokens, eos, streamer)
+    result.prefill_seconds = time.perf_counter() - start
+    while not done:
+        began = time.perf_counter()
+        gamma = min(chooser.choose(), max_new_tokens - result.new_tokens - 1)
+        drafted, probs = drafter.propose(tokens, gamma)
+        drafted = drafted.to(device)
+        if probs is not None:
+            probs = probs.to(device)
+        drafted_at = time.perf_counter()
+        window = torch.cat([tokens[-1:], drafted])
+        logits = model(input_ids=window[None], past_key_values=cache, use_cache=True).logits[0]
+        accepted, new = _accept(logits, drafted, probs, warp, tokens, generator)
+        if engine is not None:
+            engine.settle(accepted)
+        kept = int(accepted)
+        cache.crop(tokens.numel() + kept)
+        ended = time.perf_counter()
+        result.target_forwards += 1
+        result.drafted += drafted.numel()
+        result.accepted += kept
+        result.gammas.append(drafted.numel())
+        chooser.observe(drafted.numel(), kept, ended - drafted_at, drafted_at - began)
+        tokens, done = _append(tokens, new, result, max_new_tokens, eos, streamer)
+        result.decode_seconds += ended - began
+    if streamer is not None:
+        streamer.end()
+    result.sequences = tokens[None]
+    result.draft_length_reason = chooser.reason
+    if state is not None:
+        state.last_generation = result
+    return result if return_result else result.sequences
+
+
+def _prefill(model: nn.Module, tokens: Tensor, cache: DynamicCache) -> Tensor:
+    """Feed the prompt in chunks; logits [1, V] of its last token."""
+    for chunk in tokens.split(_PREFILL_CHUNK):
+        out = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[0, -1:]
+
+
+def _accept(
+    logits: Tensor,
+    drafted: Tensor,
+    probs: Tensor | None,
+    warp: Warp | None,
+    tokens: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """(accepted [], new ids [accepted + 1]) for the window's logits [W, V]."""
+    if warp is None:
+        outcome = ops.accept_greedy(logits, drafted)
+    else:
+        uniform = torch.rand(drafted.numel() + 1, device=logits.device, generator=generator)
+        outcome = ops.accept_sample(warp(tokens[None], logits), drafted, probs, uniform)
+    return outcome[0], torch.cat([drafted[: int(outcome[0])], outcome[1:]])
+
+
+def _append(
+    tokens: Tensor,
+    new: Tensor,
+    result: GenerationResult,
+    max_new_tokens: int,
+    eos: set[int],
+    streamer: Any,
+) -> tuple[Tensor, bool]:
+    """Add `new` up to the limit or the first end-of-sequence token; True when done."""
+    ids = new.tolist()[: max_new_tokens - result.new_tokens]
+    end = next((i for i, token in enumerate(ids) if token in eos), None)
+    if end is not None:
+        ids = ids[: end + 1]
+    result.new_tokens += len(ids)
+    if streamer is not None:
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+    return torch.cat([tokens, new[: len(ids)]]), (
+        end is not None or result.new_tokens >= max_new_tokens
+    )
+
+
+class _GammaChooser:
+    """A fixed draft length, or the controller's."""
+
+    def __init__(self, num_draft_tokens: int | str, no_draft: bool) -> None:
+        self._auto = None
+        self._fixed = 0
+        if not no_draft:
+            if num_draft_tokens == "auto":
+                self._auto = DraftLengthController(max_gamma=_MAX_GAMMA)
+            else:
+                self._fixed = int(num_draft_tokens)
+
+    def choose(self) -> int:
+        return self._fixed if self._auto is None else self._auto.choose()
+
+    def observe(self, gamma: int, accepted: int, step_s: float, draft_s: float) -> None:
+        if self._auto is not None:
+            self._auto.observe(gamma, accepted, step_s, draft_s)
+
+    @property
+    def reason(self) -> str:
+        return f"fixed at {self._fixed}" if self._auto is None else self._auto.reason
+
+
+def _drafter(
+    model: nn.Module,
+    draft: nn.Module | str | None,
+    warp: Warp | None,
+    generator: torch.Generator,
+) -> Draft:
+    if draft is None:
+        return NoDraft()
+    if draft == "ngram":
+        return NgramDraft()
+    if not isinstance(draft, nn.Module):
+        raise ValueError(f'draft: expected a causal LM, "ngram" or None, got {draft!r}')
+    if generator.device != draft.device:
+        raise ValueError(
+            f"draft: it is on {draft.device}, the target on {generator.device}; "
+            "pass it to spac.attach(..., draft=draft) or move it"
+        )
+    return ModelDraft(draft, model.config.get_text_config().vocab_size, warp, generator)
+
+
+def _warp(temperature: float, top_k: int, top_p: float) -> Warp:
+    warpers = LogitsProcessorList()
+    if temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k > 0:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    return lambda input_ids, logits: warpers(input_ids, logits.float())
+
+
+def _eos_ids(model: nn.Module, eos_token_id: int | list[int] | None) -> set[int]:
+    if eos_token_id is None:
+        config = getattr(model, "generation_config", None)
+        eos_token_id = getattr(config, "eos_token_id", None)
+    if eos_token_id is None:
+        return set()
+    return set(eos_token_id) if isinstance(eos_token_id, Iterable) else {eos_token_id}
+
+
+def _check_arguments(
+    input_ids: Tensor,
+    num_draft_tokens: int | str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected [1, n] with n >= 1, got {list(input_ids.shape)}")
+    if num_draft_tokens != "auto" and (
+        not isinstance(num_draft_tokens, int) or not 0 <= num_draft_tokens <= 64
+    ):
+        raise ValueError(f'num_draft_tokens: expected 0..64 or "auto", got {num_draft_tokens!r}')
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: must be positive, got {temperature}")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"top_k, top_p: expected >= 0 and in (0, 1], got {top_k} and {top_p}")

@@ -1,0 +1,70 @@
+"""What an attached model did: coverage, bytes moved, decisions, the last generation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from spac.attachment import Attachment, attachment
+from spac.engine import COUNTERS, Engine
+
+
+def stats(model: nn.Module) -> dict[str, Any]:
+    """Counters since attach, as plain numbers (JSON-ready).
+
+    `coverage` is the share of the decode pairs that ran on resident experts, `bytes_copied` what
+    the copy thread moved into slots since the first fill, `streamed_bytes` what prefill read of
+    experts that were not resident. Raises ValueError if the model is not attached.
+    """
+    state = attachment(model)
+    if state is None:
+        raise ValueError("stats: this model is not attached; call spac.attach(model) first")
+    out: dict[str, Any] = {"offloaded": state.engine is not None}
+    if state.budget is not None:
+        out["budget"] = asdict(state.budget)
+    if state.engine is not None:
+        out |= _engine_stats(state.engine)
+    if state.last_generation is not None:
+        out["generation"] = _generation_stats(state)
+    return out
+
+
+def _engine_stats(engine: Engine) -> dict[str, Any]:
+    counters = engine.counters.cpu().numpy()
+    totals = dict(zip(COUNTERS, counters.sum(axis=0).tolist(), strict=True))
+    pool, control = engine.pool, engine.control
+    filled = pool.slot_bytes * min(pool.num_slots, pool.held.size)
+    return {
+        "windows": engine.windows,
+        **totals,
+        "coverage": _share(totals["resident_pairs"], totals["pairs"]),
+        "coverage_by_layer": [_share(c[1], c[0]) for c in counters.tolist()],
+        "loads": pool.loads,
+        "evictions": pool.evictions,
+        "resident": int((pool.slot_of >= 0).sum()),
+        "bytes_copied": max(engine.copier.bytes_copied - filled, 0),
+        "streamed_bytes": engine.streamed_bytes,
+        "prefill_tokens": engine.prefill_tokens,
+        "cpu_seconds": engine.cpu_seconds,
+        "balancer": {
+            **control.balancer.counts(),
+            "tau": control.tau.tolist(),
+            "slots": [round(float(q), 1) for q in control.quota],
+            "objective_seconds": None if control.plan is None else control.plan.objective,
+        },
+        "bounds": control.bounds.tolist(),
+    }
+
+
+def _generation_stats(state: Attachment) -> dict[str, Any]:
+    result = state.last_generation
+    names = ("new_tokens", "target_forwards", "drafted", "accepted", "acceptance")
+    names += ("tokens_per_forward", "tokens_per_second", "prefill_seconds", "decode_seconds")
+    out = {name: getattr(result, name) for name in names}
+    return out | {"draft_length_reason": result.draft_length_reason, "gammas": result.gammas}
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,85 @@
+"""The host store: every expert's weights, once, in host memory, one contiguous blob per expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spac.experts import stored_view
+from spac.layout import ExpertLayout, ExpertTable
+
+_PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+
+
+class HostStore:
+    """Blobs of all layers, page-locked when `pin` (so that copies and kernels can reach them).
+
+    A layer's parameters are moved in by `adopt`, which then points them at the blobs: the model
+    keeps working and there is no second copy. `restore` undoes it.
+    """
+
+    def __init__(self, layouts: list[ExpertLayout], pin: bool) -> None:
+        self.layouts = layouts
+        self.blobs: list[Tensor] = []
+        self._pin = pin
+        self._pinned: list[Tensor] = []
+
+    def adopt(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Move the next layer's weights in; `parameters` as from `expert_parameters`."""
+        layout = self.layouts[len(self.blobs)]
+        blobs = torch.zeros(layout.num_experts, layout.blob_bytes, dtype=torch.uint8)
+        if self._pin:
+            self._register(blobs)
+        self.blobs.append(blobs)
+        for name, view in self.views(len(self.blobs) - 1).items():
+            parameter = parameters[name]
+            view.copy_(stored_view(parameter.data, name, layout))
+            parameter.data = stored_view(view, name, layout)
+
+    def restore(
+        self, layer: int, parameters: dict[str, nn.Parameter], device: torch.device
+    ) -> None:
+        """Give a layer's parameters memory of their own again, on `device`."""
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(device).clone(memory_format=torch.contiguous_format)
+
+    def views(self, layer: int) -> dict[str, Tensor]:
+        """The weights of a layer inside its blobs, [E, ...] row-major and strided."""
+        layout, blobs = self.layouts[layer], self.blobs[layer]
+        size = layout.dtype.itemsize
+        flat = blobs.view(layout.dtype)
+        views = {}
+        for name, (offset, shape) in layout.sections().items():
+            strides = torch.empty(shape, device="meta").stride()
+            views[name] = flat.as_strided(
+                (layout.num_experts, *shape), (flat.stride(0), *strides), offset // size
+            )
+        return views
+
+    def table(self, layer: int) -> ExpertTable:
+        """Every expert of the layer where it lies in host memory; addresses on the CPU."""
+        layout, blobs = self.layouts[layer], self.blobs[layer]
+        address = blobs.data_ptr() + blobs.stride(0) * torch.arange(layout.num_experts)
+        return ExpertTable.from_blobs(layout, address, owner=blobs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.blobs)
+
+    def _register(self, blobs: Tensor) -> None:
+        status = torch.cuda.cudart().cudaHostRegister(
+            blobs.data_ptr(), blobs.nbytes, _PORTABLE_MAPPED
+        )
+        if int(status) != 0:
+            self.close()
+            raise MemoryError(
+                f"host store: cannot page-lock {blobs.nbytes} bytes of host memory "
+                f"(CUDA error {int(status)}); free memory or raise the locked-memory limit"
+            )
+        self._pinned.append(blobs)
+
+    def close(self) -> None:
+        """Release the page locks; nothing may be copying from the store any more."""
+        for blobs in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(blobs.data_ptr())
+        self._pinned.clear()
