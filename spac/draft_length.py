@@ -1,0 +1,154 @@
+"""Automatic draft length: how many tokens to draft before the next verify window.
+
+With acceptance a (each drafted token is kept with chance a if the ones before it were), a window of
+gamma drafted tokens yields 1 + a + a^2 + ... + a^gamma tokens. The controller picks the gamma with
+the most expected tokens per second,
+
+    rate(gamma) = expected_tokens(a, gamma) / (step(gamma) + draft(gamma)),
+
+0 included: without drafting nothing is risked. Seconds are medians of what was measured at that
+gamma lately; in between, and beyond, a non-decreasing line through its measured neighbours (or the
+cost model's curve, if one is given, scaled to the measurements). Deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def expected_tokens(acceptance: float, gamma: int) -> float:
+    """Mean tokens that one window of gamma drafted tokens yields (1..gamma + 1)."""
+    return 1.0 + sum(acceptance**i for i in range(1, gamma + 1))
+
+
+class DraftLengthController:
+    """Chooses gamma in 0..max_gamma; tell it what every step did with `observe`.
+
+    predict(gamma) -> seconds of a verify step, from a cost model, replaces straight lines between
+    measurements. Every `interval` steps one other gamma is measured: the one whose figure is oldest
+    among those that could still win. The share of steps spent so is at most 1 / interval, and the
+    pause doubles (up to 8 intervals) while looking changes nothing.
+    """
+
+    def __init__(
+        self,
+        max_gamma: int,
+        predict: Callable[[int], float] | None = None,
+        interval: int = 32,
+        acceptance: float = 0.6,
+        memory: int = 64,
+    ) -> None:
+        if max_gamma < 0:
+            raise ValueError(f"max_gamma: needed at least 0, got {max_gamma}")
+        self.max_gamma, self._predict, self._interval = max_gamma, predict, interval
+        self.reason = "first steps: measuring"
+        self._decay = 1 - 1 / memory
+        # Two drafted tokens' worth of the prior: it fades with the first real windows.
+        self._kept, self._tried = 2.0 * acceptance, 2.0
+        self._step: dict[int, deque[float]] = {}
+        self._draft: deque[float] = deque(maxlen=9)  # seconds per drafted token
+        self._seen: dict[int, int] = {}  # gamma -> step of its last observation
+        self._steps, self._next_look, self._pause = 0, interval, interval
+        self._best: int | None = None
+        # Both ends and the middle pin the curve; three each, since a first run compiles or warms.
+        ends = dict.fromkeys((max_gamma, 0, (max_gamma + 1) // 2))
+        self._opening = deque(g for g in ends for _ in range(3))
+
+    @property
+    def acceptance(self) -> float:
+        """Estimated chance that a drafted token is kept, given that those before it were."""
+        return self._kept / self._tried
+
+    def observe(
+        self, gamma: int, accepted: int, step_seconds: float, draft_seconds: float = 0.0
+    ) -> None:
+        """One step: `accepted` of `gamma` drafted tokens kept, seconds of verify and of drafting.
+
+        The step does not have to be at the gamma that `choose` named (text may end earlier).
+        """
+        if not 0 <= accepted <= gamma:
+            raise ValueError(f"accepted: needed 0..{gamma}, got {accepted}")
+        if not (math.isfinite(step_seconds) and step_seconds > 0 and draft_seconds >= 0):
+            raise ValueError(
+                f"seconds: needed positive finite numbers, got {step_seconds}, {draft_seconds}"
+            )
+        self._steps += 1
+        tried = min(accepted + 1, gamma)  # the first rejection ends the trials of a window
+        if tried:
+            decay = self._decay**tried
+            self._kept = self._kept * decay + accepted
+            self._tried = self._tried * decay + tried
+        self._step.setdefault(gamma, deque(maxlen=9)).append(step_seconds)
+        self._seen[gamma] = self._steps
+        if gamma:
+            self._draft.append(draft_seconds / gamma)
+        if self._opening and gamma == self._opening[0]:
+            self._opening.popleft()
+
+    def seconds(self, gamma: int) -> float:
+        """Predicted seconds of one step with its drafting."""
+        draft = statistics.median(self._draft) * gamma if self._draft else 0.0
+        return self._verify_seconds(gamma) + draft
+
+    def rate(self, gamma: int) -> float:
+        """Predicted tokens per second."""
+        return expected_tokens(self.acceptance, gamma) / self.seconds(gamma)
+
+    def choose(self) -> int:
+        """The gamma of the next step; `reason` then says why in one line."""
+        if self._opening:
+            self.reason = f"first steps: measuring gamma {self._opening[0]}"
+            return self._opening[0]
+        rates = [self.rate(g) for g in range(self.max_gamma + 1)]
+        best = int(np.argmax(rates))
+        # A change has to promise 2 %, or noise would change the window's size all the time.
+        if self._best is not None and rates[best] < 1.02 * rates[self._best]:
+            best = self._best
+        if best != self._best:
+            self._best, self._pause = best, self._interval
+            self._next_look = min(self._next_look, self._steps + self._interval)
+        if self._steps >= self._next_look and self.max_gamma:
+            self._next_look = self._steps + self._pause
+            self._pause = min(2 * self._pause, 8 * self._interval)
+            look = self._stalest(rates, best)
+            if look is not None:
+                self.reason = f"measuring gamma {look} again ({self._summary(rates, best)})"
+                return look
+        self.reason = self._summary(rates, best)
+        return best
+
+    def _stalest(self, rates: Sequence[float], best: int) -> int | None:
+        """Who may still win: within 30 % of the best, or its neighbour, or no drafting at all."""
+        able = [
+            g
+            for g in range(self.max_gamma + 1)
+            if g != best and (rates[g] > 0.7 * rates[best] or abs(g - best) == 1 or g == 0)
+        ]
+        return min(able, key=lambda g: (self._seen.get(g, -1), -rates[g]), default=None)
+
+    def _summary(self, rates: Sequence[float], best: int) -> str:
+        other = 0 if best else max(range(1, len(rates)), key=lambda g: rates[g], default=0)
+        text = (
+            f"gamma {best}: {rates[best]:.4g} tokens/s expected, acceptance {self.acceptance:.2f}"
+        )
+        return text if other == best else f"{text}; gamma {other} would give {rates[other]:.4g}"
+
+    def _verify_seconds(self, gamma: int) -> float:
+        if gamma in self._step:
+            return statistics.median(self._step[gamma])
+        known = sorted(self._step)
+        if not known:
+            return self._predict(gamma) if self._predict else 1.0 + 0.1 * gamma
+        medians = [statistics.median(self._step[g]) for g in known]
+        if self._predict:
+            ratio = [m / self._predict(g) for g, m in zip(known, medians, strict=True)]
+            return self._predict(gamma) * float(np.interp(gamma, known, ratio))
+        if gamma > known[-1] and len(known) > 1:
+            slope = (medians[-1] - medians[-2]) / (known[-1] - known[-2])
+            return medians[-1] + max(slope, 0.0) * (gamma - known[-1])
+        return float(np.interp(gamma, known, medians))
