@@ -1,0 +1,1 @@
+# Importing this module registers the C++ operators of csrc/ops.cpp under torch.ops.spac.

@@ -1,0 +1,114 @@
+// The expert FFN on the CPU: types shared by the driver and the microkernels of every ISA.
+// y[t] += w * down_e @ (act(gate_e @ x[t]) * up_e @ x[t]) over the pairs (t, e, w); fp32 sums.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace spac {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+enum class DType { bf16, f16, f32 };
+enum class Activation { silu, gelu, gelu_tanh, relu, swiglu_clamp };
+
+inline float from_bits(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+inline float to_float(float v) {
+  return v;
+}
+inline float to_float(bf16 v) {
+  return from_bits(static_cast<uint32_t>(v.bits) << 16);
+}
+inline float to_float(f16 v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest << 13));  // inf, nan
+  return from_bits(sign | 0x3f800000) * (from_bits(rest << 13) * 0x1p112f);
+}
+
+// One layer, as ExpertTable (spac/layout.py) describes it. Strides and *_offset in elements.
+struct FfnShape {
+  int64_t hidden, intermediate;
+  int64_t gate_stride, up_offset, down_stride;
+  bool bias;
+  int64_t bias_stride, bias_up_offset;
+  Activation activation;
+  float alpha, limit;
+};
+
+// Where the weights of one expert start; the biases may be null.
+struct ExpertWeights {
+  const void *gate, *down, *gate_bias, *down_bias;
+};
+
+// `count` pairs of one expert that a tile computes together, from pair `first` of that expert.
+struct Block {
+  int32_t first, count;
+};
+
+// Token rows ("x" of a projection with K inputs) are packed per block as [K / 2VL][2][count][VL]
+// floats, zero past K; which elements half 0 and half 1 hold depends on the weight dtype. A block
+// starts at float `first * padded_k`.
+struct Group {
+  const Block* blocks;
+  int32_t num_blocks;
+  int32_t pairs;  // sum of the counts
+};
+
+// The microkernels of one ISA for one weight dtype. Threads call them on disjoint output rows.
+// Every dot product adds its terms in one fixed order, whatever rows or tokens are computed beside
+// it.
+struct ExpertKernels {
+  int stream_tokens;  // an expert with at most this many pairs reads its rows as they lie
+  int block_tokens;   // widest block beyond that
+  int step;           // padded_k is a multiple of this
+
+  // Packs rows token[0..count) of x [*, k] into one block.
+  void (*pack)(const void* x, DType x_dtype, const int32_t* token, int count, int64_t k,
+               float* out);
+
+  // h[:, begin..end) = act(gate @ x) * up @ x, written in packed form. `next` is the first weight
+  // row that this thread will want afterwards (a prefetch hint, may be null).
+  void (*gate_up)(const FfnShape&, const ExpertWeights&, int64_t begin, int64_t end, const Group&,
+                  const float* x, float* h, float* scratch, const void* next);
+
+  // y[token[p], 0..end - begin) += weight[p] * (down[begin..end) @ h[p] + bias).
+  void (*down)(const FfnShape&, const ExpertWeights&, int64_t begin, int64_t end, const Group&,
+               const float* h, const int32_t* token, const float* weight, float* y,
+               int64_t y_stride, float* scratch, const void* next);
+
+  // Floats of scratch per thread for calls of at most `rows` rows and `pairs` pairs.
+  size_t (*scratch)(int64_t rows, int64_t pairs);
+};
+
+namespace portable {
+const ExpertKernels& expert_kernels(DType weights);
+}
+#ifdef SPAC_X86
+namespace avx2 {
+const ExpertKernels& expert_kernels(DType weights);
+}
+namespace avx512 {
+const ExpertKernels& expert_kernels(DType weights);
+}
+#endif
+
+inline const ExpertKernels& expert_kernels(Isa isa, DType weights) {
+#ifdef SPAC_X86
+  if (isa == Isa::avx512) return avx512::expert_kernels(weights);
+  if (isa == Isa::avx2) return avx2::expert_kernels(weights);
+#endif
+  (void)isa;
+  return portable::expert_kernels(weights);
+}
+
+}  // namespace spac

@@ -1,0 +1,20 @@
+#include <cmath>
+#include <type_traits>
+
+#include "expert_ffn.h"
+
+#ifdef SPAC_X86
+// GCC 12 warns about the undefined operands inside its own intrinsics (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+SPAC_TARGET_BEGIN(SPAC_TARGET_AVX512)
+namespace spac::avx512 {
+#include "simd_avx512.h"
+#include "activation.h"
+#include "expert_ffn_tile.h"
+#include "expert_ffn_kernels.h"
+}  // namespace spac::avx512
+SPAC_TARGET_END
+#endif

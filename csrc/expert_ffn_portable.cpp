@@ -1,0 +1,11 @@
+#include <cmath>
+#include <type_traits>
+
+#include "expert_ffn.h"
+
+namespace spac::portable {
+#include "simd_portable.h"
+#include "activation.h"
+#include "expert_ffn_tile.h"
+#include "expert_ffn_kernels.h"
+}  // namespace spac::portable
