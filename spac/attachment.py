@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,16 @@ from torch import nn
 import spac.hf  # noqa: F401  (registers the backend)
 from spac.budget import Budget, plan_budget
 from spac.config import SpacConfig, parse_bytes
-from spac.cost import measure
+from spac.cost import CostModel, measure
 from spac.engine import Engine
-from spac.experts import UnsupportedLayout, expert_layout, expert_parameters, find_experts
+from spac.experts import (
+    UnsupportedLayout,
+    expert_layout,
+    expert_parameters,
+    find_experts,
+    router_top_k,
+)
+from spac.layout import ExpertLayout
 from spac.store import HostStore
 
 
@@ -81,8 +89,7 @@ def attach(
     total = None if gpu_budget is None else parse_bytes(gpu_budget)
     parameters = [expert_parameters(module) for _, module in experts]
     expert_ids = {id(p) for layer in parameters for p in layer.values()}
-    top_k = _top_k(model)
-    budget = plan_budget(model, layouts, top_k, total, config, draft, expert_ids)
+    budget = plan_budget(model, total, config, draft)
     state = Attachment(None, budget, implementation)
     named = dict(model.named_parameters())
     state.devices = {n: t.device for n, t in (*named.items(), *model.named_buffers())}
@@ -91,8 +98,8 @@ def attach(
     try:
         for layer in parameters:
             store.adopt(layer)
-        costs = measure(layouts[0], target, limit_s=2.0)
-        state.engine = Engine(store, budget.slots, top_k, target, config, costs)
+        costs = _measured(layouts[0], target)
+        state.engine = Engine(store, budget.slots, router_top_k(model), target, config, costs)
         _move_dense(model, {n: target for n in state.devices}, expert_ids)
     except BaseException:
         _give_weights_back(model, store, state)
@@ -106,6 +113,11 @@ def attach(
     model.__dict__["_spac_attachment"] = state
     model.set_experts_implementation("spac")
     return model
+
+
+@functools.cache
+def _measured(layout: ExpertLayout, device: torch.device) -> CostModel:
+    return measure(layout, device, limit_s=2.0)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -153,13 +165,3 @@ def _check_devices(model: nn.Module) -> None:
             f"attach: the model must be on one device, its parameters are on "
             f"{', '.join(sorted(map(str, devices)))}; load it without device_map"
         )
-
-
-def _top_k(model: nn.Module) -> int:
-    config = model.config.get_text_config()
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    raise UnsupportedLayout(
-        f"{type(model).__name__}: its config does not say how many experts a token takes"
-    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from spac.config import SpacConfig, format_bytes
-from spac.layout import ExpertLayout
+from spac.experts import expert_layout, expert_parameters, find_experts, router_top_k
 
 _PREFILL_CHUNK = 512  # tokens that spac.generate sends through the target at once
 
@@ -50,18 +50,16 @@ def kv_cache_bytes(config, length: int, itemsize: int) -> int:
 
 
 def plan_budget(
-    model: nn.Module,
-    layouts: list[ExpertLayout],
-    top_k: int,
-    total: int | None,
-    settings: SpacConfig,
-    draft: nn.Module | None,
-    expert_ids: set[int],
+    model: nn.Module, total: int | None, settings: SpacConfig, draft: nn.Module | None = None
 ) -> Budget:
     """Share out `total` bytes; None means that every expert gets a slot.
 
     Raises BudgetTooSmall, naming what is needed and by what.
     """
+    experts = [module for _, module in find_experts(model)]
+    layouts = [expert_layout(module) for module in experts]
+    top_k = router_top_k(model)
+    expert_ids = {id(p) for module in experts for p in expert_parameters(module).values()}
     config = model.config.get_text_config()
     itemsize = layouts[0].dtype.itemsize
     length = min(settings.max_length, getattr(config, "max_position_embeddings", None) or 1 << 30)
@@ -76,10 +74,10 @@ def plan_budget(
     logits = 2 * 4 * settings.max_window * config.vocab_size
     workspace = 4 * tokens * per_token + logits
     slot_bytes = max(layout.blob_bytes for layout in layouts)
-    experts = sum(layout.num_experts for layout in layouts)
+    num_experts = sum(layout.num_experts for layout in layouts)
     fixed = dense + draft_bytes + kv_cache + workspace
     if total is None:
-        total = fixed + experts * slot_bytes
+        total = fixed + num_experts * slot_bytes
     if total < fixed + slot_bytes:
         parts = {"dense weights": dense, "draft": draft_bytes, "KV cache": kv_cache}
         parts |= {"workspace": workspace, "one expert": slot_bytes}
@@ -88,5 +86,15 @@ def plan_budget(
             f"gpu_budget: {format_bytes(total)} given, {format_bytes(fixed + slot_bytes)} needed "
             f"({listed}; KV cache for max_length={length})"
         )
-    slots = min((total - fixed) // slot_bytes, experts)
+    slots = min((total - fixed) // slot_bytes, num_experts)
     return Budget(total, dense, draft_bytes, kv_cache, workspace, slots, slot_bytes)
+
+
+def bytes_for_ratio(
+    model: nn.Module, ratio: float, settings: SpacConfig, draft: nn.Module | None = None
+) -> int:
+    """The budget with which a share `ratio` (0 to 1) of all experts has a slot, at least one."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"cache ratio: expected 0 to 1, got {ratio}")
+    everything = plan_budget(model, None, settings, draft)
+    return everything.fixed + max(round(ratio * everything.slots), 1) * everything.slot_bytes

@@ -12,6 +12,12 @@ from transformers import DynamicCache
 Warp = Callable[[Tensor, Tensor], Tensor]  # (input_ids [1, n], logits [n, V]) -> logits [n, V]
 
 
+def forget(cache: DynamicCache, count: int) -> None:
+    """Drop the last `count` tokens of a KV cache."""
+    if count > 0:
+        cache.crop(-count)
+
+
 class Draft(Protocol):
     """Proposes up to `gamma` tokens that may follow `tokens` [n] (int64, on the draft's device)."""
 
@@ -68,7 +74,7 @@ class ModelDraft:
         same = (self._seen[:n].to(tokens.device) == tokens[:n]).to(torch.int64)
         keep = int(same.cumprod(0).sum())
         if keep < self._seen.numel():
-            self._cache.crop(keep)
+            forget(self._cache, self._seen.numel() - keep)
             self._seen = self._seen[:keep]
 
 

@@ -47,7 +47,7 @@ class Engine:
         self.utility = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
         self.frequency = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self.counters = torch.zeros(num_layers, 4, dtype=torch.int64, device=device)
-        self.control = Control(config, costs, num_layers, num_experts, num_slots)
+        self.control = Control(config, costs, num_layers, num_experts, top_k, num_slots)
         self.bounds = torch.from_numpy(self.control.bounds).to(device)
         self._bounds_shown = self.control.bounds
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies)
@@ -142,12 +142,9 @@ class Engine:
             self._before = self.utility.clone()
             self._window_ids = []
         if self.copier.is_alive():
+            utility, frequency = self.utility.cpu().clone(), self.frequency.cpu().clone()
             self.copier.submit(
-                Snapshot(
-                    self.windows,
-                    self.utility.cpu().numpy().copy(),
-                    self.frequency.cpu().numpy().copy(),
-                )
+                Snapshot(self.windows, time.perf_counter(), utility.numpy(), frequency.numpy())
             )
 
     def settle(self, accepted: Tensor) -> None:

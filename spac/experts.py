@@ -110,3 +110,14 @@ def stored_view(parameter: Tensor, name: str, layout: ExpertLayout) -> Tensor:
     if layout.transposed and not name.endswith("bias"):
         return parameter.transpose(1, 2)
     return parameter
+
+
+def router_top_k(model: nn.Module) -> int:
+    """Experts that a token takes in each layer, from the model's config."""
+    config = model.config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    raise UnsupportedLayout(
+        f"{type(model).__name__}: its config does not say how many experts a token takes"
+    )

@@ -18,7 +18,7 @@ from transformers.generation import (
 
 from spac import ops
 from spac.attachment import attachment
-from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft, Warp
+from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft, Warp, forget
 from spac.draft_length import DraftLengthController
 
 _PREFILL_CHUNK = 512
@@ -119,7 +119,7 @@ def generate(
         if engine is not None:
             engine.settle(accepted)
         kept = int(accepted)
-        cache.crop(tokens.numel() + kept)
+        forget(cache, drafted.numel() - kept)
         ended = time.perf_counter()
         result.target_forwards += 1
         result.drafted += drafted.numel()

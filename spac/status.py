@@ -35,6 +35,7 @@ def _engine_stats(engine: Engine) -> dict[str, Any]:
     counters = engine.counters.cpu().numpy()
     totals = dict(zip(COUNTERS, counters.sum(axis=0).tolist(), strict=True))
     pool, control = engine.pool, engine.control
+    balancer = control.balancer.balancer
     filled = pool.slot_bytes * min(pool.num_slots, pool.held.size)
     return {
         "windows": engine.windows,
@@ -49,7 +50,10 @@ def _engine_stats(engine: Engine) -> dict[str, Any]:
         "prefill_tokens": engine.prefill_tokens,
         "cpu_seconds": engine.cpu_seconds,
         "balancer": {
-            **control.balancer.counts(),
+            "solved": balancer.solved,
+            "failed": balancer.failed,
+            "late": balancer.late,
+            "error": balancer.error,
             "tau": control.tau.tolist(),
             "slots": [round(float(q), 1) for q in control.quota],
             "objective_seconds": None if control.plan is None else control.plan.objective,

@@ -1,0 +1,207 @@
+"""Command line: `python -m spac generate` and `python -m spac trace`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+DEMO_PROMPT = '''"""A small stack machine."""
+
+import operator
+
+
+class Stack:
+    """A last-in, first-out collection."""
+
+    def __init__(self):
+        self._items = []
+
+    def push(self, item):
+'''
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; bad input is one line on stderr and exit code 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"spac: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("spac: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m spac", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate", help="generate text with experts offloaded and speculative decoding"
+    )
+    _add_model_arguments(generate)
+    generate.add_argument("--json", metavar="FILE", help="write the figures of the run as JSON")
+    generate.add_argument(
+        "--no-compare",
+        dest="compare",
+        action="store_false",
+        help="skip the second run, without speculation, that the table compares with",
+    )
+    generate.set_defaults(run=_generate)
+    trace = commands.add_parser("trace", help="record which experts a generation used (npz)")
+    _add_model_arguments(trace)
+    trace.add_argument("--output", required=True, metavar="FILE", help="the trace to write")
+    trace.set_defaults(run=_trace)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="PATH", help="checkpoint folder or hub name")
+    model.add_argument("--demo", action="store_true", help="the bundled model and its draft")
+    parser.add_argument("--draft", metavar="PATH|ngram|none", help="draft model, or prompt lookup")
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument("--gpu-budget", metavar="SIZE", help='GPU bytes, such as "8GiB"')
+    memory.add_argument(
+        "--cache-ratio",
+        type=float,
+        metavar="SHARE",
+        help="instead of bytes: the share of all experts that gets a slot, such as 0.25",
+    )
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"))
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="FILE")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    parser.add_argument("--num-draft-tokens", default="auto", metavar="N|auto")
+    parser.add_argument("--sample", action="store_true", help="sample instead of greedy")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--policy", default="spac", help="what decides residency (spac.config)")
+
+
+class _Session:
+    """The loaded, attached model of one command."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+        import transformers
+
+        from spac.attachment import attach
+        from spac.budget import bytes_for_ratio
+        from spac.config import SpacConfig
+        from spac.demo_model import DRAFT, TARGET
+        from spac.loading import load_model
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        SpacConfig(policy=args.policy)  # a bad value is refused before anything is loaded
+        gamma = args.num_draft_tokens
+        if gamma != "auto" and not gamma.isdigit():
+            raise ValueError(f'--num-draft-tokens: expected a number >= 0 or "auto", got {gamma}')
+        self.gamma: int | str = gamma if gamma == "auto" else int(gamma)
+        path = TARGET if args.demo else args.model
+        text = _prompt(args)
+        dtype = args.dtype or ("float32" if args.demo else "auto")
+        self.model = load_model(path, _torch_dtype(dtype), experts_implementation="spac")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self.input_ids = self.tokenizer(text, return_tensors="pt").input_ids
+        source = args.draft or (str(DRAFT) if args.demo else "none")
+        self.draft: Any = {"none": None, "ngram": "ngram"}.get(source, source)
+        if isinstance(self.draft, str) and self.draft != "ngram":
+            self.draft = load_model(self.draft, _torch_dtype(dtype))
+            _check_vocabulary(self.model, self.draft)
+        helper = self.draft if isinstance(self.draft, torch.nn.Module) else None
+        settings = SpacConfig(
+            policy=args.policy, max_length=self.input_ids.shape[1] + args.max_new_tokens + 32
+        )
+        budget = args.gpu_budget
+        ratio = args.cache_ratio or (0.25 if args.demo and budget is None else None)
+        if ratio is not None:
+            budget = bytes_for_ratio(self.model, ratio, settings, helper)
+        attach(self.model, budget, draft=helper, **asdict(settings))
+        self.options = {
+            "max_new_tokens": args.max_new_tokens,
+            "do_sample": args.sample,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "seed": args.seed,
+        }
+
+    def generate(self, streamer: Any = None, draft: bool = True) -> Any:
+        from spac.speculative import generate
+
+        return generate(
+            self.model,
+            self.input_ids,
+            draft=self.draft if draft else None,
+            num_draft_tokens=self.gamma,
+            streamer=streamer,
+            return_result=True,
+            **self.options,
+        )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from transformers import TextStreamer
+
+    from spac.status import stats
+    from spac.summary import print_summary
+
+    session = _Session(args)
+    result = session.generate(TextStreamer(session.tokenizer, skip_special_tokens=True))
+    figures = {"with": stats(session.model)}
+    plain = None
+    if args.compare and session.draft is not None:
+        plain = session.generate(draft=False)
+        figures["without"] = stats(session.model)["generation"]
+    print_summary(figures["with"], result, plain)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from spac.record import Recorder
+    from spac.trace import save_trace
+
+    session = _Session(args)
+    with Recorder(session.model) as recorder:
+        session.generate()
+    trace = recorder.trace()
+    save_trace(args.output, trace)
+    tokens, layers, k = trace.shape
+    print(f"{args.output}: {tokens} tokens, {layers} layers, top-{k} of {trace.num_experts}")
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file:
+        return Path(args.prompt_file).read_text()
+    if args.prompt is None and not args.demo:
+        raise ValueError("--prompt or --prompt-file: one of them is needed with --model")
+    return DEMO_PROMPT if args.prompt is None else args.prompt
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _check_vocabulary(model: Any, draft: Any) -> None:
+    from spac.draft import ModelDraft
+
+    ModelDraft(draft, model.config.get_text_config().vocab_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

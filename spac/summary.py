@@ -1,0 +1,59 @@
+"""The table after a generation, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spac.config import format_bytes
+from spac.speculative import GenerationResult
+
+
+def print_summary(
+    stats: dict[str, Any], result: GenerationResult, plain: GenerationResult | None
+) -> None:
+    """Print the figures of `result` and `spac.stats` after it, beside a run without draft."""
+    table = Table(title="spac", show_header=False, title_justify="left")
+    for name, value in _rows(stats, result, plain):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _rows(
+    stats: dict[str, Any], result: GenerationResult, plain: GenerationResult | None
+) -> list[tuple[str, str]]:
+    rows = [("tokens/s, with speculation", f"{result.tokens_per_second:.1f}")]
+    if plain is not None:
+        ratio = result.tokens_per_second / plain.tokens_per_second
+        rows.append(("tokens/s, without", f"{plain.tokens_per_second:.1f} (ratio {ratio:.2f})"))
+        same = result.sequences.tolist() == plain.sequences.tolist()
+        rows.append(("same text without", "yes" if same else "no"))
+    rows += [
+        ("time to first token", f"{result.prefill_seconds * 1e3:.0f} ms"),
+        ("accepted drafts", f"{result.accepted} of {result.drafted} ({result.acceptance:.0%})"),
+        ("tokens per target forward", f"{result.tokens_per_forward:.2f}"),
+        ("draft length", _draft_lengths(result)),
+    ]
+    if not stats["offloaded"]:
+        return rows + [("experts", "all on the CPU, no GPU budget")]
+    budget, balancer = stats["budget"], stats["balancer"]
+    moved = (stats["bytes_copied"] + stats["streamed_bytes"]) / max(result.new_tokens, 1)
+    experts = sum(1 for _ in stats["coverage_by_layer"])
+    rows += [
+        ("GPU budget", f"{format_bytes(budget['total'])}, {budget['slots']} expert slots"),
+        ("coverage", f"{stats['coverage']:.0%} of pairs ran on resident experts"),
+        ("moved per token", f"{format_bytes(moved)} ({stats['loads']} loads in {experts} layers)"),
+        ("balancer", f"{balancer['solved']} plans, {balancer['failed'] + balancer['late']} failed"),
+        ("thresholds by layer", " ".join(map(str, balancer["tau"]))),
+        ("slot quotas by layer", " ".join(f"{q:.0f}" for q in balancer["slots"])),
+    ]
+    return rows
+
+
+def _draft_lengths(result: GenerationResult) -> str:
+    common = Counter(result.gammas).most_common(3)
+    used = ", ".join(f"{gamma} in {count} windows" for gamma, count in common)
+    return f"{used}; {result.draft_length_reason}" if used else result.draft_length_reason

@@ -1,0 +1,92 @@
+"""The slot protocol as a state machine: a slot that is read is never a slot in flight."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from spac.layout import ExpertLayout
+from spac.pool import SlotPool
+
+LAYERS, EXPERTS, SLOTS = 2, 6, 5
+LAYOUT = ExpertLayout(EXPERTS, 4, 3, torch.float32)
+
+
+class SlotProtocol(RuleBasedStateMachine):
+    """Forward and copy thread take turns in any order; slots hold the name of their expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = SlotPool([LAYOUT] * LAYERS, SLOTS, torch.device("cpu"))
+        self.filling: dict[int, tuple[int, int]] = {}
+
+    def slot_tag(self, slot: int) -> torch.Tensor:
+        return self.pool.memory[slot, :8].view(torch.int64)
+
+    @rule(layer=st.integers(0, LAYERS - 1))
+    def forward_passes(self, layer):
+        self.pool.publish(layer)
+
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
+    def start_copy(self, layer, expert):
+        if self.pool.held[layer, expert]:
+            return
+        slot = self.pool.take()
+        if slot is not None:
+            self.pool.held[layer, expert] = True
+            self.slot_tag(slot)[0] = -1  # half written
+            self.filling[slot] = (layer, expert)
+
+    @precondition(lambda self: self.filling)
+    @rule()
+    def finish_copy(self):
+        slot, (layer, expert) = self.filling.popitem()
+        self.slot_tag(slot)[0] = layer * EXPERTS + expert
+        self.pool.load(layer, expert, slot)
+
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
+    def evict(self, layer, expert):
+        if self.pool.held[layer, expert] and self.pool.slot_of[layer, expert] >= 0:
+            self.pool.evict(layer, expert)
+
+    @invariant()
+    def what_kernels_can_reach_is_complete(self):
+        base, size = self.pool.memory.data_ptr(), self.pool.slot_bytes
+        for layer in range(LAYERS):
+            for expert, address in enumerate(self.pool.address[layer].tolist()):
+                if address:
+                    slot = (address - base) // size
+                    assert slot not in self.filling
+                    assert int(self.slot_tag(slot)[0]) == layer * EXPERTS + expert
+
+    @invariant()
+    def slots_are_neither_lost_nor_doubled(self):
+        visible = self.pool.slot_of[self.pool.slot_of >= 0].tolist()
+        arriving = [slot for mail in self.pool._mail for _, slot in mail.arriving]
+        reclaimed = [slot for slot, _ in self.pool._reclaimed]
+        everywhere = visible + arriving + reclaimed + list(self.filling)
+        assert sorted(everywhere) == list(range(SLOTS))
+
+
+SlotProtocol.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSlotProtocol = SlotProtocol.TestCase
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_take_waits_for_kernels_that_read_the_slot():
+    pool = SlotPool([LAYOUT], 1, torch.device("cuda"))
+    slot = pool.take()
+    pool.load(0, 2, slot)
+    pool.publish(0)
+    assert int(pool.address[0, 2]) == pool.memory.data_ptr()
+    reading = torch.cuda.Event()
+    torch.cuda._sleep(50_000_000)  # a kernel that is still reading
+    reading.record()
+    pool.evict(0, 2)
+    pool.publish(0)
+    assert not reading.query()
+    assert pool.take() == slot
+    assert reading.query()
+    assert np.array_equal(pool.address.cpu().numpy(), np.zeros((1, EXPERTS)))
