@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 import spac.hf  # noqa: F401  (registers the backend)
 from spac.budget import Budget, plan_budget
@@ -42,23 +42,23 @@ class Attachment:
     implementation: str
     devices: dict[str, torch.device] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    draft: tuple[nn.Module, torch.device] | None = None
+    draft: tuple[PreTrainedModel, torch.device] | None = None
     last_generation: Any = None
 
 
-def attachment(model: nn.Module) -> Attachment | None:
+def attachment(model: PreTrainedModel) -> Attachment | None:
     """The model's attachment, or None."""
     return model.__dict__.get("_spac_attachment")
 
 
 def attach(
-    model: nn.Module,
+    model: PreTrainedModel,
     gpu_budget: int | str | None = None,
     *,
-    draft: nn.Module | None = None,
+    draft: PreTrainedModel | None = None,
     device: str | torch.device | None = None,
     **settings: Any,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Run the experts of `model` through spac within `gpu_budget` bytes of GPU memory.
 
     model: a transformers causal LM with experts, on the CPU or one GPU. gpu_budget: all GPU bytes
@@ -120,7 +120,7 @@ def _measured(layout: ExpertLayout, device: torch.device) -> CostModel:
     return measure(layout, device, limit_s=2.0)
 
 
-def detach(model: nn.Module) -> nn.Module:
+def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`: weights, devices, gradients and experts implementation as they were."""
     state = attachment(model)
     if state is None:
@@ -140,7 +140,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def _give_weights_back(model: nn.Module, store: HostStore, state: Attachment) -> None:
+def _give_weights_back(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
     experts = find_experts(model)
     adopted = [(name, expert_parameters(module)) for name, module in experts[: len(store.blobs)]]
     for layer, (name, parameters) in enumerate(adopted):
@@ -149,7 +149,7 @@ def _give_weights_back(model: nn.Module, store: HostStore, state: Attachment) ->
     store.close()
 
 
-def _move_dense(model: nn.Module, devices: dict[str, torch.device], leave: set[int]) -> None:
+def _move_dense(model: PreTrainedModel, devices: dict[str, torch.device], leave: set[int]) -> None:
     for name, parameter in model.named_parameters():
         if id(parameter) not in leave:
             parameter.data = parameter.data.to(devices[name])
@@ -158,7 +158,7 @@ def _move_dense(model: nn.Module, devices: dict[str, torch.device], leave: set[i
         model.get_submodule(owner)._buffers[leaf] = buffer.to(devices[name])
 
 
-def _check_devices(model: nn.Module) -> None:
+def _check_devices(model: PreTrainedModel) -> None:
     devices = {p.device for p in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from spac.config import SpacConfig, format_bytes
 from spac.experts import expert_layout, expert_parameters, find_experts, router_top_k
@@ -50,7 +51,10 @@ def kv_cache_bytes(config, length: int, itemsize: int) -> int:
 
 
 def plan_budget(
-    model: nn.Module, total: int | None, settings: SpacConfig, draft: nn.Module | None = None
+    model: PreTrainedModel,
+    total: int | None,
+    settings: SpacConfig,
+    draft: PreTrainedModel | None = None,
 ) -> Budget:
     """Share out `total` bytes; None means that every expert gets a slot.
 
@@ -91,7 +95,7 @@ def plan_budget(
 
 
 def bytes_for_ratio(
-    model: nn.Module, ratio: float, settings: SpacConfig, draft: nn.Module | None = None
+    model: PreTrainedModel, ratio: float, settings: SpacConfig, draft: PreTrainedModel | None = None
 ) -> int:
     """The budget with which a share `ratio` (0 to 1) of all experts has a slot, at least one."""
     if not 0 <= ratio <= 1:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from spac.loading import load_model
 
@@ -16,7 +15,7 @@ TARGET = FOLDER / "target"
 DRAFT = FOLDER / "draft"
 
 
-def load_demo(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Any]:
+def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
     """(target, draft, tokenizer), in eval mode on the CPU."""
     target = load_model(TARGET, dtype, experts_implementation="spac")
     return target, load_model(DRAFT, dtype), AutoTokenizer.from_pretrained(TARGET)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 Warp = Callable[[Tensor, Tensor], Tensor]  # (input_ids [1, n], logits [n, V]) -> logits [n, V]
 
@@ -31,7 +31,7 @@ class ModelDraft:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         vocab_size: int,
         warp: Warp | None = None,
         generator: torch.Generator | None = None,

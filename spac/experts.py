@@ -8,11 +8,16 @@ and must match one of `spac.layout.ACTIVATIONS`, so an overridden gate is never 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spac import reference
 from spac.layout import ACTIVATIONS, DTYPES, ExpertLayout
+
+Experts = Any  # an experts module of transformers, whose attributes no class declares
 
 WEIGHTS = {
     "gate_up": "gate_up_proj",
@@ -31,12 +36,12 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
 
 
-def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def find_experts(model: nn.Module) -> list[tuple[str, Experts]]:
     """The (name, experts module) of every MoE layer, in order of the layers."""
     return [(name, m) for name, m in model.named_modules() if is_experts(m)]
 
 
-def expert_layout(module: nn.Module) -> ExpertLayout:
+def expert_layout(module: Experts) -> ExpertLayout:
     """Layout of an experts module, read once and kept on the module.
 
     Raises UnsupportedLayout naming the module's class and the property that is not supported.
@@ -71,10 +76,10 @@ def expert_layout(module: nn.Module) -> ExpertLayout:
     return layout
 
 
-def _recognise_gate(module: nn.Module) -> tuple[str, float, float]:
-    alpha, limit = (getattr(module, n, None) for n in ("alpha", "limit"))
-    clamped = isinstance(alpha, (int, float)) and isinstance(limit, (int, float))
-    alpha, limit = (float(alpha), float(limit)) if clamped else (0.0, 0.0)
+def _recognise_gate(module: Experts) -> tuple[str, float, float]:
+    constants = [getattr(module, name, None) for name in ("alpha", "limit")]
+    clamped = all(isinstance(c, (int, float)) for c in constants)
+    alpha, limit = map(float, constants) if clamped else (0.0, 0.0)
     gate_up = torch.linspace(-20, 20, 402, dtype=torch.float32).reshape(1, -1)
     gate_up = gate_up[:, torch.randperm(402, generator=torch.Generator().manual_seed(0))]
     with torch.no_grad():
@@ -99,7 +104,7 @@ def _recognise_gate(module: nn.Module) -> tuple[str, float, float]:
     )
 
 
-def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def expert_parameters(module: Experts) -> dict[str, nn.Parameter]:
     """The weights of an experts module by spac's names; biases only where it has them."""
     names = list(WEIGHTS)[: 4 if module.has_bias else 2]
     return {name: getattr(module, WEIGHTS[name]) for name in names}
@@ -112,7 +117,7 @@ def stored_view(parameter: Tensor, name: str, layout: ExpertLayout) -> Tensor:
     return parameter
 
 
-def router_top_k(model: nn.Module) -> int:
+def router_top_k(model: PreTrainedModel) -> int:
     """Experts that a token takes in each layer, from the model's config."""
     config = model.config.get_text_config()
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):

@@ -23,12 +23,15 @@ def experts_forward(
     binding = self.__dict__.get("_spac_binding")
     if binding is not None:
         return binding.engine.forward(binding.layer, hidden_states, top_k_index, top_k_weights)
-    layout = expert_layout(self)
+    layout, weights = expert_layout(self), expert_parameters(self)
     return ops.expert_ffn(
         hidden_states,
         top_k_index,
         top_k_weights,
-        **expert_parameters(self),
+        weights["gate_up"],
+        weights["down"],
+        weights.get("gate_up_bias"),
+        weights.get("down_bias"),
         activation=layout.activation,
         alpha=layout.alpha,
         limit=layout.limit,

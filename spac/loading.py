@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spac.hf  # noqa: F401  (registers the backend)
 from spac.attachment import attach
@@ -19,11 +18,11 @@ def from_pretrained(
     gpu_budget: int | str | None = None,
     *,
     dtype: torch.dtype | str = "auto",
-    draft: nn.Module | None = None,
+    draft: PreTrainedModel | None = None,
     device: str | torch.device | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **settings: Any,
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal LM from a local folder or hub name, attached to spac; see `spac.attach`.
 
     The checkpoint is read (memory-mapped) into host memory; layer by layer its experts move into
@@ -35,7 +34,9 @@ def from_pretrained(
     return attach(model, gpu_budget, draft=draft, device=device, **settings)
 
 
-def load_model(path: str | Path, dtype: torch.dtype | str = "auto", **kwargs: Any) -> nn.Module:
+def load_model(
+    path: str | Path, dtype: torch.dtype | str = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """transformers' AutoModelForCausalLM on the CPU, files checked first, in eval mode."""
     check_checkpoint(path)
     try:

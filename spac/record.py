@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedModel
 
 from spac.experts import expert_layout, find_experts
 from spac.trace import Trace
@@ -21,7 +22,7 @@ class Recorder:
     Works on attached and plain models; batch 1. Ids outside 0..E-1 cannot be recorded.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.experts = [module for _, module in find_experts(model)]
         if not self.experts:
             raise ValueError(f"record: {type(model).__name__} has no Mixture-of-Experts layers")

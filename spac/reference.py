@@ -21,7 +21,9 @@ def activate(gate: Tensor, up: Tensor, layout: ExpertLayout) -> Tensor:
         return (up + 1) * gate * torch.sigmoid(layout.alpha * gate)
     if layout.activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
-    return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[layout.activation](gate) * up
+    if layout.activation == "gelu":
+        return F.gelu(gate) * up
+    return (F.silu(gate) if layout.activation == "silu" else F.relu(gate)) * up
 
 
 def expert_ffn(

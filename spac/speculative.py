@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.generation import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -57,10 +57,10 @@ class GenerationResult:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: PreTrainedModel,
     input_ids: Tensor,
     *,
-    draft: nn.Module | str | None = None,
+    draft: PreTrainedModel | str | None = None,
     num_draft_tokens: int | str = "auto",
     max_new_tokens: int = 128,
     do_sample: bool = False,
@@ -137,7 +137,7 @@ def generate(
     return result if return_result else result.sequences
 
 
-def _prefill(model: nn.Module, tokens: Tensor, cache: DynamicCache) -> Tensor:
+def _prefill(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache) -> Tensor:
     """Feed the prompt in chunks; logits [1, V] of its last token."""
     for chunk in tokens.split(_PREFILL_CHUNK):
         out = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -208,8 +208,8 @@ class _GammaChooser:
 
 
 def _drafter(
-    model: nn.Module,
-    draft: nn.Module | str | None,
+    model: PreTrainedModel,
+    draft: PreTrainedModel | str | None,
     warp: Warp | None,
     generator: torch.Generator,
 ) -> Draft:
@@ -238,7 +238,7 @@ def _warp(temperature: float, top_k: int, top_p: float) -> Warp:
     return lambda input_ids, logits: warpers(input_ids, logits.float())
 
 
-def _eos_ids(model: nn.Module, eos_token_id: int | list[int] | None) -> set[int]:
+def _eos_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> set[int]:
     if eos_token_id is None:
         config = getattr(model, "generation_config", None)
         eos_token_id = getattr(config, "eos_token_id", None)

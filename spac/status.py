@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from spac.attachment import Attachment, attachment
 from spac.engine import COUNTERS, Engine
 
 
-def stats(model: nn.Module) -> dict[str, Any]:
+def stats(model: PreTrainedModel) -> dict[str, Any]:
     """Counters since attach, as plain numbers (JSON-ready).
 
     `coverage` is the share of the decode pairs that ran on resident experts, `bytes_copied` what
@@ -64,8 +64,17 @@ def _engine_stats(engine: Engine) -> dict[str, Any]:
 
 def _generation_stats(state: Attachment) -> dict[str, Any]:
     result = state.last_generation
-    names = ("new_tokens", "target_forwards", "drafted", "accepted", "acceptance")
-    names += ("tokens_per_forward", "tokens_per_second", "prefill_seconds", "decode_seconds")
+    names = (
+        "new_tokens",
+        "target_forwards",
+        "drafted",
+        "accepted",
+        "acceptance",
+        "tokens_per_forward",
+        "tokens_per_second",
+        "prefill_seconds",
+        "decode_seconds",
+    )
     out = {name: getattr(result, name) for name in names}
     return out | {"draft_length_reason": result.draft_length_reason, "gammas": result.gammas}
 
