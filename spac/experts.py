@@ -77,7 +77,7 @@ def expert_layout(module: Experts) -> ExpertLayout:
 
 
 def _recognise_gate(module: Experts) -> tuple[str, float, float]:
-    constants = [getattr(module, name, None) for name in ("alpha", "limit")]
+    constants: list[Any] = [getattr(module, name, None) for name in ("alpha", "limit")]
     clamped = all(isinstance(c, (int, float)) for c in constants)
     alpha, limit = map(float, constants) if clamped else (0.0, 0.0)
     gate_up = torch.linspace(-20, 20, 402, dtype=torch.float32).reshape(1, -1)

@@ -1,5 +1,7 @@
 """attach, detach, budget and stats on a tiny model."""
 
+import time
+
 import pytest
 import torch
 
@@ -76,10 +78,13 @@ def test_stats_are_consistent(tiny_moe):
     engine.copier.close()
     for layer in range(3):
         engine.pool.publish(layer)
+    deadline = time.monotonic() + 60  # the first solve imports cvxpy
+    while not engine.control.balancer.balancer.solved and time.monotonic() < deadline:
+        time.sleep(0.05)
     s = spac.stats(model)
     assert s["loads"] - s["evictions"] == s["resident"] <= s["budget"]["slots"]
     assert s["bytes_copied"] == (s["loads"] - s["budget"]["slots"]) * s["budget"]["slot_bytes"]
-    assert s["balancer"]["solved"] + s["balancer"]["failed"] + s["balancer"]["late"] >= 1
+    assert s["balancer"]["solved"] >= 1 and s["balancer"]["failed"] == 0
     spac.detach(model)
 
 
