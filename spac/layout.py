@@ -7,6 +7,7 @@ memory: the kernels do not care (DESIGN section 4, "Expert address table").
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,7 @@ class ExpertTable:
     down_bias_skew: int = 0
     bias_stride: int = 1  # elements between the biases of gate row j and j + 1
     bias_up_offset: int = 0  # elements from the bias of gate row j to that of up row j
+    align: int = _SECTION_ALIGN  # bytes, a power of two that divides every address
     owner: object = None  # keeps the memory behind the addresses alive
 
     @staticmethod
@@ -160,6 +162,7 @@ class ExpertTable:
             down_k_stride=down.stride(col),
             bias_stride=2 if layout.interleaved else 1,
             bias_up_offset=1 if layout.interleaved else layout.intermediate,
+            align=math.gcd(base, skew, _SECTION_ALIGN),
             owner=(gate_up, down, gate_up_bias, down_bias),
             **bias,
         )

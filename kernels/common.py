@@ -1,0 +1,253 @@
+"""What the kernels share: the dot, the activations, and the two matmul tiles over an expert.
+
+Only this file knows how `spac.layout.ExpertTable` becomes kernel arguments (`table_args`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET = bool(triton.knobs.runtime.interpret)
+_UPCAST = tl.constexpr(INTERPRET)  # the interpreter's dot on bf16 is wrong
+_SQRT_2_OVER_PI = tl.constexpr((2 / math.pi) ** 0.5)
+_INV_SQRT_2PI = tl.constexpr((2 * math.pi) ** -0.5)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b with fp32 accumulation; fp32 operands are not rounded to tf32."""
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
+    """act(gate) * up in fp32, as `spac.reference.activate`."""
+    if ACTIVATION == "swiglu_clamp":
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        return (up + 1) * gate * tl.sigmoid(alpha * gate)
+    elif ACTIVATION == "silu":
+        return gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == "relu":
+        return tl.maximum(gate, 0.0) * up
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
+    else:
+        inner = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(2 * inner) * up  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+
+
+@triton.jit
+def activate_backward(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
+    """Derivatives of `activate` by gate and by up, as `spac.reference.activate_backward`."""
+    if ACTIVATION == "swiglu_clamp":
+        g = tl.minimum(gate, limit)
+        u = tl.minimum(tl.maximum(up, -limit), limit)
+        s = tl.sigmoid(alpha * g)
+        d_gate = (u + 1) * s * (1 + alpha * g * (1 - s))
+        d_gate = tl.where(gate <= limit, d_gate, 0.0)
+        return d_gate, tl.where(tl.abs(up) <= limit, g * s, 0.0)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(gate)
+        return s * (1 + gate * (1 - s)) * up, gate * s
+    elif ACTIVATION == "relu":
+        return tl.where(gate > 0, up, 0.0), tl.maximum(gate, 0.0)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        slope = cdf + gate * tl.exp(-0.5 * gate * gate) * _INV_SQRT_2PI
+        return slope * up, gate * cdf
+    else:
+        s = tl.sigmoid(2 * _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate))
+        inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * gate * gate)
+        return (s + 2 * gate * s * (1 - s) * inner) * up, gate * s
+
+
+@triton.jit
+def weight_pointer(address, like_ptr, ALIGN: tl.constexpr):
+    """The int64 `address`, a multiple of ALIGN bytes, as a pointer to elements as in `like_ptr`."""
+    return tl.multiple_of(address.to(tl.pointer_type(like_ptr.dtype.element_ty)), ALIGN)
+
+
+@triton.jit
+def matmul_tile(
+    a_ptr,
+    rows,
+    stride_am,
+    mask_m,
+    w_ptr,
+    stride_wn,
+    stride_wk,
+    n0,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """fp32 [BLOCK_M, BLOCK_N] = a[rows] @ w[n0:n0 + BLOCK_N].T, with w [N, K]."""
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=mask_m[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n[None, :], other=0.0)
+        else:
+            mask_k = offs_k < K - k0
+            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = dot(a, w, acc)
+        a_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+    return acc
+
+
+@triton.jit
+def gate_up_tile(
+    x_ptr,
+    rows,
+    stride_xm,
+    mask_m,
+    w_ptr,
+    bias_ptr,
+    gate_stride,
+    gate_k_stride,
+    up_offset,
+    bias_stride,
+    bias_up_offset,
+    n0,
+    H,
+    inter,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """gate and up, fp32 [BLOCK_M, BLOCK_N] each, of x[rows] for intermediate units n0...
+
+    Interleaved rows are read as one block of 2 * BLOCK_N and split afterwards, so that a
+    transposed interleaved layout (GPT-OSS) still reads whole lines.
+    """
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < inter
+    if INTERLEAVED:
+        both = matmul_tile(
+            x_ptr,
+            rows,
+            stride_xm,
+            mask_m,
+            w_ptr,
+            up_offset,
+            gate_k_stride,
+            2 * n0,
+            2 * inter,
+            H,
+            BLOCK_M,
+            2 * BLOCK_N,
+            BLOCK_K,
+            EVEN_K,
+        )
+        gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
+        gate_ptrs = w_ptr + offs_n[None, :].to(tl.int64) * gate_stride
+        gate_ptrs += offs_k[:, None] * gate_k_stride
+        up_ptrs = gate_ptrs + up_offset
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, H, BLOCK_K):
+            if EVEN_K:
+                x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
+                w_gate = tl.load(gate_ptrs, mask=mask_n[None, :], other=0.0)
+                w_up = tl.load(up_ptrs, mask=mask_n[None, :], other=0.0)
+            else:
+                mask_k = offs_k < H - k0
+                mask_w = mask_k[:, None] & mask_n[None, :]
+                x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+                w_gate = tl.load(gate_ptrs, mask=mask_w, other=0.0)
+                w_up = tl.load(up_ptrs, mask=mask_w, other=0.0)
+            gate = dot(x, w_gate, gate)
+            up = dot(x, w_up, up)
+            x_ptrs += BLOCK_K
+            gate_ptrs += BLOCK_K * gate_k_stride
+            up_ptrs += BLOCK_K * gate_k_stride
+    if BIAS:
+        bias_ptrs = bias_ptr + offs_n * bias_stride
+        gate += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_ptrs + bias_up_offset, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    return gate, up
+
+
+def gate_up_args(table: Any) -> dict[str, Any]:
+    """Keyword arguments of every kernel that reads gate and up rows through an ExpertTable."""
+    return {
+        "address_ptr": table.address,
+        "gate_stride": table.gate_stride,
+        "gate_k_stride": table.gate_k_stride,
+        "up_offset": table.up_offset,
+        "bias_offset": table.gate_up_bias_offset,
+        "bias_skew": table.gate_up_bias_skew,
+        "bias_stride": table.bias_stride,
+        "bias_up_offset": table.bias_up_offset,
+        "alpha": table.layout.alpha,
+        "limit": table.layout.limit,
+        "ACTIVATION": table.layout.activation,
+        "INTERLEAVED": table.layout.interleaved,
+        "BIAS": table.layout.bias,
+        "ALIGN": table.align,
+    }
+
+
+def down_args(table: Any) -> dict[str, Any]:
+    """Keyword arguments of every kernel that reads down rows through an ExpertTable."""
+    return {
+        "address_ptr": table.address,
+        "w_offset": table.down_offset,
+        "w_skew": table.down_skew,
+        "stride_wn": table.down_stride,
+        "stride_wk": table.down_k_stride,
+        "bias_offset": table.down_bias_offset,
+        "bias_skew": table.down_bias_skew,
+        "BIAS": table.layout.bias,
+        "ALIGN": math.gcd(table.align, table.down_offset, table.down_skew),
+    }
+
+
+def check_pairs(x: Tensor, ids: Tensor, weights: Tensor, table: Any) -> None:
+    """Raise ValueError unless the arguments of an expert FFN fit each other and the table."""
+    layout = table.layout
+    if x.dim() != 2 or x.shape[1] != layout.hidden or x.dtype != layout.dtype:
+        raise ValueError(
+            f"x: expected [T, {layout.hidden}] in {layout.dtype}, got {list(x.shape)} in {x.dtype}"
+        )
+    if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
+        raise ValueError(
+            f"ids and weights: expected [{x.shape[0]}, k], "
+            f"got {list(ids.shape)} and {list(weights.shape)}"
+        )
+    if table.address.dtype != torch.int64 or table.address.numel() != layout.num_experts:
+        raise ValueError(
+            f"table.address: expected int64 [{layout.num_experts}], "
+            f"got {table.address.dtype} {list(table.address.shape)}"
+        )
+    if layout.interleaved and table.gate_stride != 2 * table.up_offset:
+        raise ValueError(
+            f"table: interleaved rows need gate_stride = 2 * up_offset, "
+            f"got {table.gate_stride} and {table.up_offset}"
+        )

@@ -1,0 +1,109 @@
+"""Block sizes of the expert FFN: a pure function of the problem and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+# Pairs that one program can look through to find its tokens (64 tokens of 8 experts).
+WINDOW_PAIRS = 512
+# Tokens that fit one matmul tile of the smallest height.
+TOKEN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One matmul: `block_n` counts intermediate units for gate-up, hidden units for down."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@dataclass(frozen=True)
+class FFNConfig:
+    """path "tokens": at most 16 tokens, two launches; "window": at most 512 pairs; "grouped"."""
+
+    path: str
+    gate_up: Tile
+    down: Tile
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a tile choice depends on. `shared` is the shared memory of one program, in bytes."""
+
+    major: int
+    minor: int
+    shared: int
+
+
+HOPPER = Device(9, 0, 227 * 1024)
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """Properties of a CUDA device; a CPU (the interpreter) is treated as an H200."""
+    if device.type != "cuda":
+        return HOPPER
+    p = torch.cuda.get_device_properties(device)
+    shared = getattr(p, "shared_memory_per_block_optin", 99 * 1024)
+    return Device(p.major, p.minor, shared)
+
+
+def _fit(tile: Tile, columns: int, itemsize: int, shared: int) -> Tile:
+    """Fewer stages, then shorter steps, until the pipeline's buffers fit shared memory."""
+    while True:
+        stage = (tile.block_m + columns * tile.block_n) * tile.block_k * itemsize
+        stages = min(tile.num_stages, (shared - 4096) // stage)
+        if stages >= 2 or tile.block_k <= 32:
+            return replace(tile, num_stages=max(stages, 1))
+        tile = replace(tile, block_k=tile.block_k // 2)
+
+
+def select_path(tokens: int, top_k: int) -> str:
+    """Which kernels serve a forward of `tokens` tokens."""
+    if tokens <= TOKEN_ROWS and tokens * top_k <= WINDOW_PAIRS:
+        return "tokens"
+    return "window" if tokens * top_k <= WINDOW_PAIRS else "grouped"
+
+
+def select_config(
+    tokens: int, top_k: int, layout: Any, device: Device, path: str | None = None
+) -> FFNConfig:
+    """Tiles for `tokens` tokens of `top_k` experts each, over experts of `layout`."""
+    path = path or select_path(tokens, top_k)
+    if layout.dtype == torch.float32:
+        small, big = Tile(16, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)
+        tile = big if path == "grouped" else small
+        return FFNConfig(path, tile, tile)
+    if path == "tokens":
+        gate_up, down = Tile(16, 16, 256, 4, 4), Tile(16, 16, 256, 4, 6)
+    elif path == "window":
+        gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
+    else:
+        rows = tokens * top_k / layout.num_experts
+        if rows <= 24:
+            gate_up, down = Tile(32, 32, 128, 4, 4), Tile(32, 64, 128, 4, 4)
+        elif rows <= 96:
+            gate_up, down = Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)
+        else:
+            gate_up, down = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
+    size = layout.dtype.itemsize
+    return FFNConfig(
+        path, _fit(gate_up, 2, size, device.shared), _fit(down, 1, size, device.shared)
+    )
