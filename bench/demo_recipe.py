@@ -51,8 +51,8 @@ class Recipe:
 
 SMOKE = Recipe(
     vocab=512, layers=2, experts=8, top_k=2, hidden=64, intermediate=32, heads=2, kv_heads=1,
-    draft_layers=1, draft_intermediate=64, context=128, batch=8, least=10, checks=3, rounds=2, round_size=16,
-    new_tokens=24, files=40, evaluated=4096,
+    draft_layers=1, draft_intermediate=64, context=128, batch=8, least=10, checks=3, rounds=2,
+    round_size=16, new_tokens=24, files=40, evaluated=4096,
 )  # fmt: skip
 
 
