@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Table:
-    """One row per cache ratio and draft length: the median of `--repeats` generations, 3 at most."""
+    """One row per cache ratio and draft length: the median of at most 3 generations."""
     model, draft, tokenizer = _load(args)
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids
     gammas = [_gamma(text) for text in args.num_draft_tokens]

@@ -1,0 +1,148 @@
+"""`python -m spac`, as a user types it, on a small saved model."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from spac.__main__ import main
+from spac.loading import from_pretrained
+from spac.status import stats
+from spac.trace import load_trace
+
+PROMPT = ["--prompt", "t1 t2 t3 t1 t2"]
+SHORT = ["--max-new-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {f"t{i}": i for i in range(96)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0")
+
+
+@pytest.fixture
+def checkpoint(tiny_moe, tokenizer, tmp_path):
+    folder = tmp_path / "target"
+    tiny_moe().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate(checkpoint, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    code, out, _ = run(
+        capsys, "generate", "--model", checkpoint, *PROMPT, *SHORT, "--draft", "ngram",
+        "--num-draft-tokens", 3, "--cache-ratio", 0.3, "--json", figures,
+    )  # fmt: skip
+    assert code == 0
+    for word in ("tokens/s", "accepted drafts", "coverage", "moved per token", "balancer"):
+        assert word in out
+    assert "yes" in next(line for line in out.splitlines() if "same text without" in line)
+    data = json.loads(figures.read_text())
+    assert data["with"]["generation"]["new_tokens"] == 12
+    assert data["without"]["drafted"] == 0
+
+
+def test_generate_without_a_budget(checkpoint, capsys):
+    code, out, _ = run(capsys, "generate", "--model", checkpoint, *PROMPT, *SHORT)
+    assert code == 0 and "tokens/s" in out
+
+
+def test_trace(checkpoint, tmp_path, capsys):
+    file = tmp_path / "routing.npz"
+    code, out, _ = run(capsys, "trace", "--model", checkpoint, *PROMPT, *SHORT, "--output", file)
+    assert code == 0 and "3 layers, top-4 of 16" in out
+    trace = load_trace(file)
+    assert trace.shape == (5 + 11, 3, 4) and trace.model == "Qwen3MoeForCausalLM"
+    trace.check_model(3, 16, 4)
+    with pytest.raises(ValueError):
+        trace.check_model(4, 16, 4)
+
+
+def test_from_pretrained_equals_the_saved_model(checkpoint, tiny_moe):
+    model = from_pretrained(checkpoint, "8MB", max_length=64)
+    assert 0 < stats(model)["budget"]["slots"] <= 48
+    ids = torch.randint(0, 96, (1, 11))
+    with torch.no_grad():
+        got = model(ids.to(model.device)).logits.cpu()
+        torch.testing.assert_close(got, tiny_moe()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def not_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"\x93NUMPY" * 100)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (truncated, "truncated or not safetensors"),
+        (without_weights, "no .safetensors file"),
+        (not_safetensors, "truncated or not safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    ],
+    ids=["truncated", "no weights", "not safetensors", "no config"],
+)
+def test_damaged_checkpoints(checkpoint, capsys, damage, message):
+    damage(checkpoint)
+    code, _, err = run(capsys, "generate", "--model", checkpoint, *PROMPT)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gpu-budget", "10KB"], "gpu_budget: 9.8 KiB given, "),
+        (["--gpu-budget", "much"], "size: expected bytes or text"),
+        (["--num-draft-tokens", "-1"], "--num-draft-tokens: expected a number >= 0"),
+        (["--policy", "magic"], "policy: expected one of"),
+        (["--draft", "./missing"], "./missing: no such folder"),
+        (["--max-new-tokens", "0"], "max_new_tokens: must be at least 1"),
+        (["--cache-ratio", "1.5"], "cache ratio: expected 0 to 1"),
+    ],
+)
+def test_bad_options_are_one_line(checkpoint, capsys, options, message):
+    code, _, err = run(capsys, "generate", "--model", checkpoint, *PROMPT, *options)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_draft_with_another_vocabulary(checkpoint, tiny_moe, tmp_path, capsys):
+    tiny_moe(vocab_size=50).save_pretrained(tmp_path / "draft")
+    code, _, err = run(
+        capsys, "generate", "--model", checkpoint, *PROMPT, "--draft", tmp_path / "draft"
+    )
+    assert code == 2 and "vocabulary has 50 tokens, the target's 96" in err
+
+
+def test_a_model_without_experts(tokenizer, tmp_path, capsys):
+    config = Qwen3Config(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code, _, err = run(capsys, "generate", "--model", tmp_path, *PROMPT, "--gpu-budget", "1GiB")
+    assert code == 2 and "Qwen3ForCausalLM has no Mixture-of-Experts layers" in err
+
+
+def test_a_prompt_is_needed(checkpoint, capsys):
+    code, _, err = run(capsys, "generate", "--model", checkpoint)
+    assert code == 2 and "--prompt or --prompt-file" in err
