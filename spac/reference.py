@@ -190,18 +190,20 @@ def settle(
 
     utility, before int32 [L, E] (after and before the window), ids [L, W, k], accepted = number of
     drafted tokens accepted (rows 0..accepted of the window hold), bounds int32 [L, 2].
-    n[e] = pairs in kept rows + rejected_weight * pairs in rejected rows. utility changes in place.
+    n[e] = pairs in kept rows + rejected_weight * pairs in rejected rows, exact in fp64 with the
+    weight rounded to fp32. utility changes in place.
     """
-    L, W, _ = ids.shape
     E = utility.shape[1]
-    row_weight = torch.where(torch.arange(W, device=ids.device) <= accepted, 1.0, rejected_weight)
-    for layer in range(L):
-        flat = ids[layer].reshape(-1).to(torch.int64)
-        w = row_weight[:, None].expand(ids.shape[1:]).reshape(-1).float()
-        valid = (flat >= 0) & (flat < E)
-        n = torch.zeros(E, device=ids.device).index_add(0, flat[valid], w[valid])
-        u = before[layer].float()
-        up, down = bounds[layer].float()
+    weight = torch.tensor(rejected_weight, dtype=torch.float32).double()
+    keep = torch.arange(ids.shape[1], device=ids.device) <= accepted
+    for layer in range(ids.shape[0]):
+        kept, rejected = (
+            torch.bincount(rows[(rows >= 0) & (rows < E)], minlength=E).double()
+            for rows in (ids[layer][keep].to(torch.int64), ids[layer][~keep].to(torch.int64))
+        )
+        n = kept + weight.to(kept.device) * rejected
+        u = before[layer].double()
+        up, down = bounds[layer].double()
         step = (n - u >= up).to(torch.int32) - (u - n >= down).to(torch.int32)
         utility[layer] = (before[layer] + step).clamp(0, max_utility)
 
