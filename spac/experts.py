@@ -52,7 +52,7 @@ def expert_layout(module: Experts) -> ExpertLayout:
     name = type(module).__name__
     if not module.has_gate:
         raise UnsupportedLayout(f"{name}: experts without a gate projection are not supported")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # newer than transformers 5.17
         raise UnsupportedLayout(f"{name}: a norm after each expert is not supported")
     gate_up = module.gate_up_proj
     if gate_up.dtype not in DTYPES:
