@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from spac.attachment import attach, detach
-from spac.bench.machine import progress
 from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
 from spac.config import POLICIES, SpacConfig
 from spac.demo_model import load_demo
 from spac.loading import load_model
+from spac.progress import progress
 from spac.speculative import GenerationResult, generate
 from spac.status import stats
 

@@ -6,16 +6,12 @@ import functools
 import os
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-
-T = TypeVar("T")
 
 
 @functools.cache
@@ -100,15 +96,3 @@ def read_bandwidth(threads: int, repeats: int = 7, size: int = 256 << 20) -> flo
         return size / time_cpu({"read": data.sum}, repeats)["read"]
     finally:
         torch.set_num_threads(before)
-
-
-def progress(items: Iterable[T], description: str) -> Iterator[T]:
-    """Iterate with a progress bar on a terminal, with a line on standard error otherwise."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import track
-
-        yield from track(items, description, console=Console(stderr=True), transient=True)
-        return
-    print(f"{description} ...", file=sys.stderr, flush=True)
-    yield from items

@@ -23,6 +23,7 @@ class Table:
     rows: list[list[Any]]
     title: str = ""
     notes: list[str] = field(default_factory=list)
+    failed: bool = False  # a check did not hold: the command exits with 1
 
     def __post_init__(self) -> None:
         for row in self.rows:

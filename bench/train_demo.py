@@ -195,7 +195,8 @@ def run(args: argparse.Namespace, recipe: Recipe) -> dict:
     return metrics
 
 
-RATES = ("dropout", "learning_rate", "draft_learning_rate", "weight_decay", "balance")
+RATES = ("dropout", "learning_rate", "draft_learning_rate", "weight_decay", "balance", "base_share")
+SIZES = ("batch", "context", "checks", "rounds", "round_size", "evaluated")  # for a small machine
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -214,6 +215,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--smoke", action="store_true", help="tiny models on a slice of the data")
     for name in RATES:
         add(f"--{name.replace('_', '-')}", type=float, help=f"default {getattr(Recipe, name)}")
+    for name in SIZES:
+        add(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(Recipe, name)}")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
     args = p.parse_args(argv)
     if args.minutes is None:
         args.minutes = 1.0 if args.smoke else 9.0
@@ -226,7 +230,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     precision = torch.get_float32_matmul_precision()
-    changed = {n: v for n in RATES if (v := getattr(args, n)) is not None}
+    changed = {n: v for n in RATES + SIZES if (v := getattr(args, n)) is not None}
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     try:
         run(args, replace(SMOKE if args.smoke else Recipe(), **changed))
     except (FileNotFoundError, ValueError) as error:

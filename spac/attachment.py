@@ -22,7 +22,10 @@ from spac.experts import (
     router_top_k,
 )
 from spac.layout import ExpertLayout
+from spac.progress import progress
 from spac.store import HostStore
+
+_SHOW_FROM = 4 << 30  # bytes of experts from which moving them takes seconds
 
 
 @dataclass
@@ -96,7 +99,8 @@ def attach(
     state.requires_grad = {n: p.requires_grad for n, p in named.items()}
     store = HostStore(layouts, pin=target.type == "cuda")
     try:
-        for layer in parameters:
+        experts_bytes = sum(p.nbytes for layer in parameters for p in layer.values())
+        for layer in progress(parameters, "host store", show=experts_bytes > _SHOW_FROM):
             store.adopt(layer)
         costs = _measured(layouts[0], target)
         state.engine = Engine(store, budget.slots, router_top_k(model), target, config, costs)

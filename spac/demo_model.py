@@ -15,7 +15,11 @@ TARGET = FOLDER / "target"
 DRAFT = FOLDER / "draft"
 
 
-def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
-    """(target, draft, tokenizer), in eval mode on the CPU."""
-    target = load_model(TARGET, dtype, experts_implementation="spac")
-    return target, load_model(DRAFT, dtype), AutoTokenizer.from_pretrained(TARGET)
+def load_demo(
+    dtype: torch.dtype = torch.float32, folder: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+    """(target, draft, tokenizer), in eval mode on the CPU; from `folder` instead of the bundle."""
+    folder = folder or FOLDER
+    target = load_model(folder / "target", dtype, experts_implementation="spac")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    return target, load_model(folder / "draft", dtype), tokenizer
