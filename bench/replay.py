@@ -1,0 +1,178 @@
+"""Policies on real routing traces: coverage, bytes moved and predicted tokens per second."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+from spac.balance import Balancer
+from spac.bench.report import Table
+from spac.cost import CostModel
+from spac.draft_length import DraftLengthController
+from spac.machine import MACHINES, find_machine
+from spac.policy import POLICIES, Policy, make_policy
+from spac.progress import progress
+from spac.replay import REJECTED, Replay, WindowSource, make_windows, oracle_bound, replay
+from spac.trace import Trace, load_trace
+
+NAME = "replay"
+HELP = "replay routing traces: policies x cache share x window x bandwidth"
+# hidden, intermediate of the models whose traces are in use; others need --shape
+SHAPES = {
+    "qwen3-30b-a3b": (2048, 768),
+    "gemma-4-26b-a4b": (2816, 704),
+    "gpt-oss-120b": (2880, 2880),
+    "gpt-oss-20b": (2880, 2880),
+}
+COLUMNS = ["trace", "profile", "window", "cache", "GB/s", "policy", "coverage", "copies/window"]
+COLUMNS += ["streamed/window", "MB/token", "late", "wasted", "tokens/s", "of oracle"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m spac.bench replay`."""
+    parser.add_argument("traces", nargs="+", help="npz traces, or folders of them")
+    parser.add_argument("--profile", default="h200", help=f"{', '.join(MACHINES)} or a JSON file")
+    parser.add_argument("--policy", nargs="+", default=["spac", "activation", "lru", "lfu"],
+                        choices=[p for p in POLICIES if p != "oracle"])  # fmt: skip
+    parser.add_argument("--cache", nargs="+", type=float, default=[0.08, 0.17, 0.33],
+                        help="share of the experts that have a slot")  # fmt: skip
+    parser.add_argument("--window", nargs="+", default=["8"], help="tokens, or auto")
+    parser.add_argument("--bandwidth", nargs="+", type=float, help="host to GPU, GB/s")
+    parser.add_argument("--acceptance", type=float, default=1.0)
+    parser.add_argument("--rejected", choices=REJECTED, default="next")
+    parser.add_argument("--rejected-weight", type=float, default=1.0)
+    parser.add_argument("--streaming", action="store_true", help="three-way split")
+    parser.add_argument("--live", action="store_true", help="scores may change within a window")
+    parser.add_argument("--balance", action="store_true", help="thresholds by the balancer")
+    parser.add_argument("--warmup", type=float, default=0.25, help="share of the trace not counted")
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("HIDDEN", "INTERMEDIATE"))
+    parser.add_argument("--plot", metavar="FILE", help="curves and a residency heat map")
+
+
+def find_traces(names: list[str]) -> list[tuple[str, Trace]]:
+    """(name, trace) of every file and of every npz in every folder."""
+    paths: list[Path] = []
+    for name in map(Path, names):
+        paths += sorted(name.glob("*.npz")) if name.is_dir() else [name]
+    if not paths:
+        raise ValueError(f"traces: no npz files in {', '.join(names)}")
+    return [(p.stem, load_trace(p)) for p in paths]
+
+
+def shape_cost(name: str, profile: str, shape: list[int] | None, gbs: float | None) -> CostModel:
+    """Cost model of a bf16 gated FFN of that shape on that machine, 2 bytes a weight."""
+    known = next((s for key, s in SHAPES.items() if name.startswith(key)), None)
+    if shape is None and known is None:
+        raise ValueError(f"shape: needed --shape HIDDEN INTERMEDIATE for the trace {name!r}")
+    hidden, inter = shape or known or (0, 0)
+    machine = find_machine(profile)
+    if gbs is not None:
+        machine = type(machine)(**{**vars(machine), "h2d_bandwidth": gbs * 1e9})
+    return machine.cost(6 * hidden * inter, 6 * hidden * inter)
+
+
+def run(args: argparse.Namespace) -> Table:
+    """One row per combination; the last column compares with the prefetch oracle."""
+    draft = find_machine(args.profile).draft_token
+    rows: list[list[Any]] = []
+    kept: list[tuple[list[Any], Replay]] = []
+    cases = itertools.product(
+        find_traces(args.traces), args.window, args.cache, args.bandwidth or [None]
+    )
+    for (name, trace), window, share, gbs in progress(list(cases), "replay"):
+        cost = shape_cost(name, args.profile, args.shape, gbs)
+        _, layers, _ = trace.shape
+        slots = int(share * layers * trace.num_experts)
+        options = {"streaming": args.streaming, "draft_token": draft, "warmup": args.warmup}
+        oracle = None
+        if window != "auto":
+            windows = make_windows(trace, int(window) - 1, args.acceptance, args.rejected)
+            oracle = oracle_bound(windows, trace.num_experts, cost, slots, **options)
+        for policy_name in args.policy:
+            weight = args.rejected_weight
+            policy = make_policy(policy_name, layers, trace.num_experts, slots, weight)
+            if args.live or policy_name == "activation":
+                options["live"] = True
+            if window == "auto":
+                source = WindowSource(trace, args.acceptance, args.rejected)
+                result = replay_auto(source, policy, cost, slots, **options)
+            else:
+                balancer = Balancer() if args.balance else None
+                result = replay(windows, policy, cost, slots, balancer=balancer, **options)
+            options.pop("live", None)
+            row = [name, args.profile, window, share, round(1e-9 / cost.h2d_byte, 1), policy_name]
+            rows.append(row + _figures(result, oracle))
+            kept.append((row, result))
+    if args.plot:
+        _plot(args.plot, rows, kept)
+    notes = [
+        f"predicted by the cost model of {args.profile!r}: {find_machine(args.profile).source}",
+        f"first {args.warmup:.0%} of each trace not counted; acceptance {args.acceptance:g},"
+        f" rejected rows routed by the model {args.rejected!r}",
+        "oracle: knows the future, same link and pool, best of its discounts",
+    ]
+    return Table(COLUMNS, rows, "Replay of routing traces", notes)
+
+
+def replay_auto(
+    source: WindowSource, policy: Policy, cost: CostModel, slots: int, max_gamma: int = 8, **options
+) -> Replay:
+    """Replay in which the draft length controller picks every window; seconds are predicted."""
+    control = DraftLengthController(max_gamma)
+    draft = options["draft_token"]
+
+    def windows():
+        while (window := source.draw(control.choose())) is not None:
+            yield window
+
+    def observe(window, seconds):
+        gamma = len(window.ids) - 1
+        control.observe(gamma, window.accepted, seconds - draft * gamma, draft * gamma)
+
+    return replay(windows(), policy, cost, slots, on_window=observe, **options)
+
+
+def _figures(r: Replay, oracle: Replay | None) -> list[Any]:
+    n = max(r.windows, 1)
+    return [
+        r.coverage,
+        r.copies / n,
+        r.streamed / n,
+        r.bytes_per_token / 1e6,
+        r.late,
+        r.wasted,
+        r.tokens_per_second,
+        r.tokens_per_second / oracle.tokens_per_second if oracle else None,
+    ]
+
+
+def _plot(path: str, rows: list[list[Any]], kept: list[tuple[list[Any], Replay]]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plot: needs matplotlib (pip install spac[plot])") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    at = {c: COLUMNS.index(c) for c in ("policy", "cache", "coverage", "tokens/s")}
+    for policy in dict.fromkeys(r[at["policy"]] for r in rows):
+        mine = [r for r in rows if r[at["policy"]] == policy]
+        shares = sorted({r[at["cache"]] for r in mine})
+        for axis, what in ((left, "coverage"), (middle, "tokens/s")):
+            mean = [
+                sum(values) / len(values)
+                for s in shares
+                if (values := [r[at[what]] for r in mine if r[at["cache"]] == s])
+            ]
+            axis.plot(shares, mean, marker="o", label=policy)
+            axis.set(xlabel="share of experts with a slot", ylabel=f"{what}, mean of traces")
+    left.legend()
+    row, result = kept[0]
+    image = right.imshow([list(r) for r in zip(*result.residency, strict=True)], aspect="auto")
+    right.set(xlabel="window", ylabel="layer", title=f"slots held: {row[0]}, {row[5]}")
+    figure.colorbar(image, ax=right)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,351 @@
+"""Which experts deserve a slot: one small interface, used by the replay simulator and the engine.
+
+A policy sees the routing of every verify window and answers with a score per expert. Whoever moves
+experts copies the missing ones in descending score and evicts residents in ascending score, as long
+as a newcomer beats its victim by more than `margin`. Numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from spac import utility as estimator
+
+Floats = NDArray[np.float64]
+
+
+class Policy:
+    """Base: keeps `state` [L, E] arrays, one transition per layer and window.
+
+    observe(layer, ids [W, k]) is called when a layer's routing is known, and changes the score of
+    that layer at once; end_window(accepted) then redoes the transitions with rejected rows counted
+    `rejected_weight` times. Subclasses give `names` of their state and `_advance`.
+    """
+
+    names: tuple[str, ...] = ()
+    margin = 0.0
+    foresight = False  # True: `prepare` must be told the future
+
+    def __init__(
+        self, num_layers: int, num_experts: int, slots: int, rejected_weight: float = 1.0
+    ) -> None:
+        self.shape = (num_layers, num_experts)
+        self.slots, self.rejected_weight = slots, rejected_weight
+        self.window = 0
+        self.state = {name: np.zeros(self.shape) for name in self.names}
+        self._seen: list[tuple[int, NDArray[np.integer], dict[str, Floats]]] = []
+
+    def prepare(self, counts: Floats) -> None:
+        """Be told the pairs [windows, L, E] of the whole run (policies with `foresight` only)."""
+
+    def observe(self, layer: int, ids: ArrayLike) -> None:
+        """Routing ids [W, k] of one layer in the current window."""
+        rows = np.asarray(ids)
+        self._seen.append((layer, rows, {n: a[layer].copy() for n, a in self.state.items()}))
+        self._advance(layer, estimator.pair_counts(rows, self.shape[1]))
+
+    def end_window(self, accepted: int | None = None) -> None:
+        """The window is over; rows 0..accepted were kept (all, if None)."""
+        for layer, rows, before in self._seen:
+            if accepted is None or accepted >= len(rows) - 1 or self.rejected_weight == 1:
+                continue
+            weight = np.where(np.arange(len(rows)) <= accepted, 1.0, self.rejected_weight)
+            for name, row in before.items():
+                self.state[name][layer] = row
+            self._advance(layer, estimator.pair_counts(rows, self.shape[1], weight))
+        self._seen.clear()
+        self.window += 1
+        self._finish()
+
+    def score(self) -> Floats:
+        """Priority [L, E]: higher is fetched first and evicted last."""
+        raise NotImplementedError
+
+    def wanted(self) -> NDArray[np.bool_] | None:
+        """Experts [L, E] worth a copy at all; None means every one."""
+        return None
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Work once a window."""
+
+
+class LRU(Policy):
+    """Least recently used, by window and layer."""
+
+    names = ("last",)
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        self.state["last"][layer, n > 0] = self.window + 1 + layer / self.shape[0]
+
+    def score(self) -> Floats:
+        return self.state["last"]
+
+
+class LFU(Policy):
+    """Most pairs since the start."""
+
+    names = ("count",)
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        self.state["count"][layer] += n
+
+    def score(self) -> Floats:
+        return self.state["count"]
+
+
+class LFRU(Policy):
+    """Frequency divided by age: pairs since the start / windows since the last use."""
+
+    names = ("count", "last")
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        self.state["count"][layer] += n
+        self.state["last"][layer, n > 0] = self.window + 1
+
+    def score(self) -> Floats:
+        return self.state["count"] / (self.window + 2 - self.state["last"])
+
+
+class HybriScore(Policy):
+    """HybriMoE's idea of a cache score: an average over windows of each expert's share of the
+    routing (here of its pairs, since traces hold no router probabilities)."""
+
+    names = ("share",)
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        self.state["share"][layer] += 0.3 * (n / max(n.sum(), 1) - self.state["share"][layer])
+
+    def score(self) -> Floats:
+        return self.state["share"]
+
+
+class Static(Policy):
+    """The most used experts of the whole run, never changed: hindsight, no adaptation."""
+
+    foresight = True
+
+    def prepare(self, counts: Floats) -> None:
+        self._score = (counts > 0).sum(axis=0) + 1e-6 * counts.sum(axis=0)
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        pass
+
+    def score(self) -> Floats:
+        return self._score
+
+
+class DemandBelady(Policy):
+    """Fetches only what the last window used, keeps what is needed soonest (knows the future)."""
+
+    foresight = True
+    names = ("used",)
+
+    def prepare(self, counts: Floats) -> None:
+        nearest = np.full(self.shape, np.inf)
+        self._next = np.empty((len(counts) + 1, *self.shape))
+        for w in range(len(counts), -1, -1):
+            self._next[w] = nearest
+            nearest = np.where(counts[w - 1] > 0, 1.0, nearest + 1) if w else nearest
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        self.state["used"][layer] = n
+
+    def score(self) -> Floats:
+        return 1 / self._next[self.window]
+
+    def wanted(self) -> NDArray[np.bool_]:
+        return self.state["used"] > 0
+
+
+class PrefetchOracle(Policy):
+    """Knows the future and fetches ahead of it: score = sum of discount^d over the windows d
+    ahead that use the expert. No one discount is best for every bandwidth; the bound is the best
+    over `DISCOUNTS` (see `spac.replay.oracle_bound`)."""
+
+    foresight = True
+    DISCOUNTS = (0.2, 0.45, 0.7, 0.9)
+    discount = 0.45
+
+    def prepare(self, counts: Floats) -> None:
+        self._future = np.zeros((len(counts) + 1, *self.shape))
+        for w in range(len(counts) - 1, -1, -1):
+            use = (counts[w] > 0) + 0.02 * counts[w]
+            self._future[w] = use + self.discount * self._future[w + 1]
+        self._score = self._future[0].copy()
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        self._score[layer] = self._future[min(self.window + 1, len(self._future) - 1), layer]
+
+    def score(self) -> Floats:
+        return self._score
+
+
+class Spac(Policy):
+    """The paper's utility, with ties broken by the pairs expected; mode "reference" or
+    "calibrated".
+
+    Ours in calibrated mode: the bounds follow the slots (`Calibrator`), and the memory of the
+    expected pairs is chosen online. For every decay in `DECAYS` the pairs that its own best
+    `slots` experts would have covered are counted; the best decay of late gives the score.
+    """
+
+    margin = 0.1  # expected pairs; two experts that differ by less would take turns
+    DECAYS = (0.5, 0.8, 0.93, 1.0)  # per window; 1 is the plain frequency
+    CAP = 2.0  # pairs beyond this in one window say little about the next
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        slots: int,
+        rejected_weight: float = 1.0,
+        mode: str = "calibrated",
+    ) -> None:
+        self.decays = self.DECAYS if mode == "calibrated" else (0.8,)
+        self.names = ("utility", *(f"expected{i}" for i in range(len(self.decays))))
+        super().__init__(num_layers, num_experts, slots, rejected_weight)
+        self.calibrator = estimator.Calibrator(num_layers, mode)
+        self.tau = np.ones(num_layers, dtype=np.int32)
+        self.quota = np.full(num_layers, slots / num_layers)
+        self._hits = np.zeros(len(self.decays))
+        self._now = np.zeros(self.shape)
+        self._previous: list[Floats] = []
+        self._best = len(self.decays) // 2
+
+    @property
+    def utility(self) -> NDArray[np.int32]:
+        """u [L, E]."""
+        return self.state["utility"].astype(np.int32)
+
+    @property
+    def expected(self) -> Floats:
+        """Pairs expected of each expert in the next window [L, E], up to the cap."""
+        return self.state[f"expected{self._best}"] * self._scale(self._best)
+
+    def _scale(self, i: int) -> float:
+        decay, n = self.decays[i], self.window + 1
+        return 1 / n if decay == 1 else (1 - decay) / (1 - decay**n)
+
+    def _advance(self, layer: int, n: Floats) -> None:
+        up, down = self.calibrator.bounds[layer]
+        u = self.state["utility"]
+        u[layer] = estimator.step(u[layer].astype(np.int32), n, up, down)
+        capped = np.minimum(n, self.CAP) if len(self.decays) > 1 else n
+        for i, decay in enumerate(self.decays):
+            e = self.state[f"expected{i}"]
+            e[layer] = decay * e[layer] + capped
+        self._now[layer] = n
+
+    def _finish(self) -> None:
+        self.calibrator.update(self.utility, self.tau, self.quota)
+        if len(self.decays) == 1:
+            return
+        if self.window > 1:
+            k = min(self.slots, self._now.size - 1)
+            tops = (np.argpartition(-e.ravel(), k)[:k] for e in self._previous)
+            hits = [float(self._now.flat[top].sum()) for top in tops]
+            self._hits = 0.9 * self._hits + np.array(hits) / max(self._now.sum(), 1)
+            best = int(self._hits.argmax())
+            if self._hits[best] > self._hits[self._best] * 1.002:
+                self._best = best
+        self._previous = [self.state[f"expected{i}"].copy() for i in range(len(self.decays))]
+
+    def score(self) -> Floats:
+        return score_spac(self.state["utility"], self.expected, len(self.decays) > 1)
+
+
+def score_spac(utility: ArrayLike, expected: Floats, calibrated: bool = True) -> Floats:
+    """Order of experts [L, E] from utility and expected pairs.
+
+    Reference: utility, ties by expected pairs. Calibrated: expected pairs, which separate experts
+    that the small integers tie, and the utility as a second opinion.
+    """
+    if calibrated:
+        return expected + 0.02 * np.asarray(utility)
+    return np.asarray(utility) + expected / (1 + expected)
+
+
+class ActivationAware(Spac):
+    """Spac plus what earlier layers of the same window say about later ones (MoE-Infinity's idea).
+
+    Counts online how often expert e' of layer l + `AHEAD` follows expert e of layer l for the same
+    token; the excess over e's own frequency, summed over the window, is added to the score. Needs
+    scores that are read in the middle of a window; costs [L, E, E] floats.
+    """
+
+    AHEAD = 3  # layers: about the time that a copy takes
+    WEIGHT = 1.0
+
+    def __init__(
+        self, num_layers: int, num_experts: int, slots: int, rejected_weight: float = 1.0
+    ) -> None:
+        super().__init__(num_layers, num_experts, slots, rejected_weight)
+        self._follows = np.zeros((num_layers, num_experts, num_experts), dtype=np.float32)
+        self._count = np.zeros(self.shape)
+        self._tokens = 0
+        self._hint = np.zeros(self.shape)
+        self._rows: dict[int, NDArray[np.float32]] = {}
+
+    def observe(self, layer: int, ids: ArrayLike) -> None:
+        super().observe(layer, ids)
+        rows = np.asarray(ids)
+        chosen = np.zeros((len(rows), self.shape[1]), dtype=np.float32)
+        np.put_along_axis(chosen, rows.astype(np.int64), 1, axis=1)
+        self._rows[layer], self._hint[layer] = chosen, 0
+        later = layer + self.AHEAD
+        if later < self.shape[0]:
+            on = np.flatnonzero(chosen.any(axis=0))
+            seen, usual = self._count[layer, on], self._count[later] / max(self._tokens, 1)
+            excess = self._follows[later, on] - seen[:, None] * usual
+            per_token = (chosen[:, on].sum(axis=0) / (seen + 3.0)) @ excess
+            self._hint[later] = per_token / rows.shape[1]
+
+    def _finish(self) -> None:
+        super()._finish()
+        for layer, chosen in self._rows.items():
+            before = self._rows.get(layer - self.AHEAD)
+            if before is not None:
+                self._follows[layer] += before.T @ chosen
+            self._count[layer] += chosen.sum(axis=0)
+        self._tokens += len(next(iter(self._rows.values()), ()))
+        self._rows.clear()
+
+    def score(self) -> Floats:
+        return super().score() + self.WEIGHT * self._hint
+
+
+def _reference(layers: int, experts: int, slots: int, rejected_weight: float = 1.0) -> Spac:
+    return Spac(layers, experts, slots, rejected_weight, mode="reference")
+
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "spac": Spac,
+    "spac-reference": _reference,
+    "activation": ActivationAware,
+    "lru": LRU,
+    "lfu": LFU,
+    "lfru": LFRU,
+    "hybri": HybriScore,
+    "static": Static,
+    "belady": DemandBelady,
+    "oracle": PrefetchOracle,
+}
+
+
+def make_policy(
+    name: str, num_layers: int, num_experts: int, slots: int, rejected_weight: float = 1.0
+) -> Policy:
+    """The policy called `name`, one of `POLICIES`."""
+    if name not in POLICIES:
+        raise ValueError(f"policy: expected one of {_listed(tuple(POLICIES))}, got {name!r}")
+    return POLICIES[name](num_layers, num_experts, slots, rejected_weight)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
