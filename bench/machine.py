@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -28,12 +29,20 @@ def machine_block() -> dict[str, str]:
         properties = torch.cuda.get_device_properties(0)
         block["gpu"] = f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
         block["cuda"] = str(torch.version.cuda)
+        if driver := _driver():
+            block["driver"] = driver
     for package in ("torch", "triton", "transformers", "numpy", "spac"):
         try:
             block[package] = version(package)
         except PackageNotFoundError:
             continue
     return block
+
+
+def _driver() -> str | None:
+    file = Path("/proc/driver/nvidia/version")
+    match = re.search(r"\d{3,}\.\d+(\.\d+)?", file.read_text()) if file.exists() else None
+    return match and match[0]
 
 
 def _cpu_model() -> str:

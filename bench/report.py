@@ -35,8 +35,7 @@ class Table:
         lines = [f"## {self.title}", ""] if self.title else []
         lines += ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
         lines += ["| " + " | ".join(map(format_cell, row)) + " |" for row in self.rows]
-        machine = ", ".join(f"{k} {v}" for k, v in machine_block().items() if v)
-        return "\n".join([*lines, "", f"Machine: {machine}", *(f"- {n}" for n in self.notes)])
+        return "\n".join([*lines, "", _machine(), "", *(f"- {n}" for n in self.notes)]).rstrip()
 
     def to_csv(self) -> str:
         """Header and rows with full precision."""
@@ -69,8 +68,13 @@ class Table:
             table.add_row(*map(format_cell, row))
         console = Console()
         console.print(table)
+        console.print(_machine(), highlight=False)
         for note in self.notes:
             console.print(f"- {note}", highlight=False)
+
+
+def _machine() -> str:
+    return "Machine: " + ", ".join(f"{key} {value}" for key, value in machine_block().items())
 
 
 def format_cell(value: Any) -> str:

@@ -1,11 +1,13 @@
-"""The bench frame, and each benchmark once in its smallest form."""
+"""The bench frame: tables, timing, the list of benchmarks, bad input."""
 
 import csv
 import io
 import json
+import sys
 
 import pytest
 
+import spac.bench
 from spac.bench.__main__ import benchmarks, main
 from spac.bench.machine import machine_block, time_cpu
 from spac.bench.report import Table, format_cell
@@ -56,9 +58,70 @@ def test_list(capsys):
     assert not missing, missing
 
 
-def test_bad_arguments(capsys):
-    assert main(["generate", "--repeats", "0"]) == 2
-    assert "--repeats: must be at least 1" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["nothing"])
-    assert stop.value.code == 2
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["nothing"], "no benchmark 'nothing'; there are "),
+        (["generate", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["generate", "--repeats", "x"], "invalid int value: 'x'"),
+        (["generate", "-o", "pdf"], "invalid choice: 'pdf'"),
+        (["generate", "--output", "nowhere/figures.md"], "--output: cannot write nowhere"),
+        (["generate", "--nothing"], "unrecognized arguments: --nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(argv, message, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1, error
+
+
+@pytest.fixture
+def bench_folder(tmp_path, monkeypatch):
+    """A folder of benchmark modules in place of the package's own."""
+    monkeypatch.setattr(spac.bench, "__path__", [str(tmp_path)])
+    yield tmp_path
+    for name in [m for m in sys.modules if m.startswith("spac.bench.own_")]:
+        del sys.modules[name]
+
+
+def own_bench(folder, name, start="", failed=False):
+    (folder / f"own_{name}.py").write_text(
+        f"""{start}
+from spac.bench.report import Table
+NAME = "{name}"
+HELP = "a benchmark of the test"
+def add_arguments(parser):
+    parser.add_argument("--size", type=int, default=3)
+def run(args):
+    return Table(["size", "repeats"], [[args.size, args.repeats]], failed={failed})
+"""
+    )
+
+
+def test_a_benchmark_is_found_by_its_name_and_run(bench_folder, capsys):
+    own_bench(bench_folder, "mine")
+    own_bench(bench_folder, "lacking", start="import a_package_that_is_not_installed")
+    (bench_folder / "own_helper.py").write_text("raise RuntimeError('not a benchmark')")
+    assert main([]) == 0
+    listing = capsys.readouterr().out
+    assert "mine     a benchmark of the test" in listing and "helper" not in listing
+    assert "lacking  not available here: No module named 'a_package_that" in listing
+
+    figures = bench_folder / "figures.json"
+    argv = ["mine", "--size", "7", "--repeats", "2", "-o", "json", "--output", str(figures)]
+    assert main(argv) == 0
+    assert json.loads(figures.read_text())["rows"] == [{"size": 7, "repeats": 2}]
+
+    assert main(["lacking"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("spac.bench: lacking: not available here") and error.count("\n") == 1
+
+
+def test_a_check_that_does_not_hold_is_exit_code_1(bench_folder, capsys):
+    own_bench(bench_folder, "wrong", failed=True)
+    assert main(["wrong", "-o", "csv"]) == 1
+    assert capsys.readouterr().out == "size,repeats\n3,20\n"
