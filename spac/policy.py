@@ -7,7 +7,7 @@ as a newcomer beats its victim by more than `margin`. Numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -187,17 +187,18 @@ class PrefetchOracle(Policy):
 
 
 class Spac(Policy):
-    """The paper's utility, with ties broken by the pairs expected; mode "reference" or
-    "calibrated".
+    """The paper's utility as sensor; mode "reference" or "calibrated".
 
-    Ours in calibrated mode: the bounds follow the slots (`Calibrator`), and the memory of the
-    expected pairs is chosen online. For every decay in `DECAYS` the pairs that its own best
-    `slots` experts would have covered are counted; the best decay of late gives the score.
+    reference: released bounds; score = utility, ties broken by the pairs expected.
+    calibrated (ours): the bounds follow the slots (`Calibrator`), and the score is the pairs
+    expected of each expert, less the longer it was not used: it separates the experts that small
+    integers tie. Constants chosen on the development traces (docs/method.md).
     """
 
-    margin = 0.1  # expected pairs; two experts that differ by less would take turns
-    DECAYS = (0.5, 0.8, 0.93, 1.0)  # per window; 1 is the plain frequency
+    names = ("utility", "expected", "last")
+    DECAY = 0.93  # per window, of the expected pairs
     CAP = 2.0  # pairs beyond this in one window say little about the next
+    RECENCY = 0.25  # expected pairs count 1 / (1 + RECENCY * windows since the last use)
 
     def __init__(
         self,
@@ -207,16 +208,12 @@ class Spac(Policy):
         rejected_weight: float = 1.0,
         mode: str = "calibrated",
     ) -> None:
-        self.decays = self.DECAYS if mode == "calibrated" else (0.8,)
-        self.names = ("utility", *(f"expected{i}" for i in range(len(self.decays))))
         super().__init__(num_layers, num_experts, slots, rejected_weight)
+        self.mode = mode
+        self.margin = 0.05 if mode == "calibrated" else 0.0  # or near equals would take turns
         self.calibrator = estimator.Calibrator(num_layers, mode)
         self.tau = np.ones(num_layers, dtype=np.int32)
         self.quota = np.full(num_layers, slots / num_layers)
-        self._hits = np.zeros(len(self.decays))
-        self._now = np.zeros(self.shape)
-        self._previous: list[Floats] = []
-        self._best = len(self.decays) // 2
 
     @property
     def utility(self) -> NDArray[np.int32]:
@@ -226,49 +223,23 @@ class Spac(Policy):
     @property
     def expected(self) -> Floats:
         """Pairs expected of each expert in the next window [L, E], up to the cap."""
-        return self.state[f"expected{self._best}"] * self._scale(self._best)
-
-    def _scale(self, i: int) -> float:
-        decay, n = self.decays[i], self.window + 1
-        return 1 / n if decay == 1 else (1 - decay) / (1 - decay**n)
+        return self.state["expected"] * (1 - self.DECAY) / (1 - self.DECAY ** (self.window + 1))
 
     def _advance(self, layer: int, n: Floats) -> None:
         up, down = self.calibrator.bounds[layer]
-        u = self.state["utility"]
+        u, e = self.state["utility"], self.state["expected"]
         u[layer] = estimator.step(u[layer].astype(np.int32), n, up, down)
-        capped = np.minimum(n, self.CAP) if len(self.decays) > 1 else n
-        for i, decay in enumerate(self.decays):
-            e = self.state[f"expected{i}"]
-            e[layer] = decay * e[layer] + capped
-        self._now[layer] = n
+        e[layer] = self.DECAY * e[layer] + np.minimum(n, self.CAP)
+        self.state["last"][layer, n > 0] = self.window + 1
 
     def _finish(self) -> None:
         self.calibrator.update(self.utility, self.tau, self.quota)
-        if len(self.decays) == 1:
-            return
-        if self.window > 1:
-            k = min(self.slots, self._now.size - 1)
-            tops = (np.argpartition(-e.ravel(), k)[:k] for e in self._previous)
-            hits = [float(self._now.flat[top].sum()) for top in tops]
-            self._hits = 0.9 * self._hits + np.array(hits) / max(self._now.sum(), 1)
-            best = int(self._hits.argmax())
-            if self._hits[best] > self._hits[self._best] * 1.002:
-                self._best = best
-        self._previous = [self.state[f"expected{i}"].copy() for i in range(len(self.decays))]
 
     def score(self) -> Floats:
-        return score_spac(self.state["utility"], self.expected, len(self.decays) > 1)
-
-
-def score_spac(utility: ArrayLike, expected: Floats, calibrated: bool = True) -> Floats:
-    """Order of experts [L, E] from utility and expected pairs.
-
-    Reference: utility, ties by expected pairs. Calibrated: expected pairs, which separate experts
-    that the small integers tie, and the utility as a second opinion.
-    """
-    if calibrated:
-        return expected + 0.02 * np.asarray(utility)
-    return np.asarray(utility) + expected / (1 + expected)
+        expected = self.expected
+        if self.mode == "reference":
+            return self.state["utility"] + expected / (1 + expected)
+        return expected / (1 + self.RECENCY * (self.window + 1 - self.state["last"]))
 
 
 class ActivationAware(Spac):
@@ -281,11 +252,13 @@ class ActivationAware(Spac):
 
     AHEAD = 3  # layers: about the time that a copy takes
     WEIGHT = 1.0
+    RECENCY = 0.0  # the hint speaks for the moment, the score for the long run
 
     def __init__(
         self, num_layers: int, num_experts: int, slots: int, rejected_weight: float = 1.0
     ) -> None:
         super().__init__(num_layers, num_experts, slots, rejected_weight)
+        self.margin = 0.1
         self._follows = np.zeros((num_layers, num_experts, num_experts), dtype=np.float32)
         self._count = np.zeros(self.shape)
         self._tokens = 0
@@ -343,9 +316,5 @@ def make_policy(
 ) -> Policy:
     """The policy called `name`, one of `POLICIES`."""
     if name not in POLICIES:
-        raise ValueError(f"policy: expected one of {_listed(tuple(POLICIES))}, got {name!r}")
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {name!r}")
     return POLICIES[name](num_layers, num_experts, slots, rejected_weight)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+
+from spac.policy import POLICIES, ActivationAware, PrefetchOracle, Spac, make_policy
+from spac.utility import Calibrator, settle
+
+L, E = 3, 6
+FUTURE = np.random.default_rng(0).integers(0, 3, (4, L, E)).astype(float)
+
+
+def window(policy, *layers, accepted=None):
+    for layer, ids in enumerate(layers):
+        policy.observe(layer, np.array(ids))
+    policy.end_window(accepted)
+
+
+def order(policy, layer=0):
+    return np.argsort(-policy.score()[layer], kind="stable").tolist()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_answers_with_a_finite_score(name):
+    policy = make_policy(name, L, E, 4)
+    policy.prepare(FUTURE)
+    for w in range(4):
+        score = policy.score()
+        assert score.shape == (L, E) and np.isfinite(score).all()
+        wanted = policy.wanted()
+        assert wanted is None or (wanted.shape == (L, E) and wanted.dtype == bool)
+        window(policy, *[[[w, 5]]] * L)
+
+
+def test_unknown_policy():
+    with pytest.raises(ValueError, match="policy: expected one of spac, .*, got 'best'"):
+        make_policy("best", L, E, 4)
+
+
+def test_lru_lfu_and_lfru_disagree_where_they_should():
+    """Expert 0: often, long ago. 1: once, just now. 2: twice, one window ago."""
+    first = {"lru": 1, "lfu": 0, "lfru": 2}
+    for name, best in first.items():
+        policy = make_policy(name, 1, E, 2)
+        window(policy, [[0], [0], [0]])
+        for _ in range(8):
+            window(policy, [[3]])
+        window(policy, [[2], [2]])
+        window(policy, [[1]])
+        ranked = [e for e in order(policy) if e in (0, 1, 2)]
+        assert ranked[0] == best, name
+        assert (ranked.index(2) < ranked.index(0)) == (name != "lfu")
+
+
+def test_reference_mode_is_the_released_state_machine():
+    rng, policy = np.random.default_rng(1), make_policy("spac-reference", L, E, 4)
+    u = np.zeros((L, E), dtype=np.int32)
+    for _ in range(30):
+        ids = rng.integers(0, E, (L, 9, 2))
+        window(policy, *ids)
+        u = settle(u, ids, 8, [(5, 1)] * L)
+        np.testing.assert_array_equal(policy.utility, u)
+        np.testing.assert_array_equal(np.floor(policy.score()), u)  # ties broken below one
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_rejected_rows_count_by_weight(weight):
+    rng, bounds = np.random.default_rng(2), [(2, 1)] * L
+    policy = Spac(L, E, L * E, weight)
+    policy.calibrator = Calibrator(L, "reference")  # bounds that stay
+    policy.calibrator.bounds[:] = 2, 1
+    u = np.zeros((L, E), dtype=np.int32)
+    for accepted in (0, 2, 4, 1):
+        ids = rng.integers(0, E, (L, 5, 2))
+        window(policy, *ids, accepted=accepted)
+        u = settle(u, ids, accepted, bounds, weight)
+        np.testing.assert_array_equal(policy.utility, u)
+
+
+def test_scores_follow_a_change_of_topic():
+    policy = Spac(1, E, 2)
+    for _ in range(20):
+        window(policy, [[0], [1]])
+    assert set(order(policy)[:2]) == {0, 1}
+    for _ in range(6):
+        window(policy, [[3], [4]])
+    assert set(order(policy)[:2]) == {3, 4}
+
+
+def test_activation_learns_what_follows():
+    """Layer 3 repeats layer 0's expert; history alone cannot tell which comes next."""
+    rng, policy = np.random.default_rng(3), ActivationAware(4, 8, 4)
+    right = 0
+    for w in range(120):
+        chosen = int(rng.integers(8))
+        policy.observe(0, [[chosen]])
+        guess = int(policy.score()[3].argmax())
+        right += w >= 60 and guess == chosen
+        for layer in (1, 2):
+            policy.observe(layer, [[int(rng.integers(8))]])
+        policy.observe(3, [[chosen]])
+        policy.end_window()
+    assert right > 50  # of 60; chance is 8
+
+
+def test_oracle_prefers_sooner_and_belady_keeps_it():
+    counts = np.zeros((4, 1, 4))
+    counts[1, 0, 2] = counts[2, 0, 1] = counts[3, 0, 1] = 1
+    oracle, belady = PrefetchOracle(1, 4, 1), make_policy("belady", 1, 4, 1)
+    for policy in (oracle, belady):
+        policy.prepare(counts)
+        assert order(policy)[:2] == [2, 1]
+    assert not belady.wanted().any()  # nothing was used yet, so nothing is demanded
+    window(belady, [[2]])
+    assert np.flatnonzero(belady.wanted()).tolist() == [2]
+    window(belady, [[2]])
+    assert order(belady)[0] == 1  # 2 is never used again
