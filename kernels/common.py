@@ -15,8 +15,6 @@ from torch import Tensor
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 _UPCAST = tl.constexpr(INTERPRET)  # the interpreter's dot on bf16 is wrong
-_SQRT_2_OVER_PI = tl.constexpr((2 / math.pi) ** 0.5)
-_INV_SQRT_2PI = tl.constexpr((2 * math.pi) ** -0.5)
 
 
 @triton.jit
@@ -42,7 +40,7 @@ def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
     else:
-        inner = _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)  # sqrt(2 / pi)
         return gate * tl.sigmoid(2 * inner) * up  # (1 + tanh(z)) / 2 = sigmoid(2 z)
 
 
@@ -63,11 +61,11 @@ def activate_backward(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
         return tl.where(gate > 0, up, 0.0), tl.maximum(gate, 0.0)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
-        slope = cdf + gate * tl.exp(-0.5 * gate * gate) * _INV_SQRT_2PI
+        slope = cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327  # 1 / sqrt(2 pi)
         return slope * up, gate * cdf
     else:
-        s = tl.sigmoid(2 * _SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate))
-        inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * gate * gate)
+        s = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        inner = 0.7978845608028654 * (1 + 0.134145 * gate * gate)
         return (s + 2 * gate * s * (1 - s) * inner) * up, gate * s
 
 
