@@ -41,6 +41,7 @@ class FFNConfig:
     path: str
     gate_up: Tile
     down: Tile
+    outer: Tile = Tile(64, 64, 32, 4, 3)  # weight gradients: block_k counts rows
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def select_config(
     if layout.dtype == torch.float32:
         small, big = Tile(16, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)
         tile = big if path == "grouped" else small
-        return FFNConfig(path, tile, tile)
+        return FFNConfig(path, tile, tile, tile)
     if path == "tokens":
         gate_up, down = Tile(16, 16, 256, 4, 4), Tile(16, 16, 256, 4, 6)
     elif path == "window":
@@ -105,5 +106,8 @@ def select_config(
             gate_up, down = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
     size = layout.dtype.itemsize
     return FFNConfig(
-        path, _fit(gate_up, 2, size, device.shared), _fit(down, 1, size, device.shared)
+        path,
+        _fit(gate_up, 2, size, device.shared),
+        _fit(down, 1, size, device.shared),
+        _fit(Tile(128, 128, 64, 8, 3), 1, size, device.shared),
     )

@@ -26,7 +26,7 @@ from spac.kernels.common import (
     weight_pointer,
 )
 from spac.kernels.config import FFNConfig, device_of, select_config
-from spac.kernels.grouped import grouped_down, grouped_gate_up, make_plan
+from spac.kernels.grouped import Plan, grouped_down, grouped_gate_up, make_plan
 from spac.kernels.sum_pairs import sum_pairs
 
 
@@ -397,6 +397,35 @@ def expert_ffn(
         grouped_down(h, weights, plan, table, config.down, out)
         sum_pairs(out, ids, table.address, y)
     return y
+
+
+def save_hidden(x: Tensor, ids: Tensor, table: Any, config: FFNConfig) -> tuple[Plan, Tensor]:
+    """What a backward pass needs of the forward: the plan, and gate and up [P, 2I] by row."""
+    plan = make_plan(ids.contiguous(), table, config.gate_up.block_m)
+    h = x.new_empty(ids.numel(), table.layout.intermediate)
+    pre = x.new_empty(ids.numel(), 2 * table.layout.intermediate)
+    grouped_gate_up(x, plan, table, config.gate_up, h, pre)
+    return plan, pre
+
+
+def expert_ffn_train(
+    x: Tensor, ids: Tensor, weights: Tensor, table: Any, config: FFNConfig | None = None
+) -> tuple[Tensor, tuple[Plan, Tensor]]:
+    """y [T, H] in x.dtype as from `expert_ffn`, and what `expert_ffn_backward` saves by having."""
+    check_pairs(x, ids, weights, table)
+    (T, H), K = x.shape, ids.shape[1]
+    config = config or select_config(T, K, table.layout, device_of(x.device), "grouped")
+    ids, weights = ids.contiguous(), weights.contiguous()
+    y = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    plan = make_plan(ids, table, config.gate_up.block_m)
+    h = x.new_empty(T * K, table.layout.intermediate)
+    pre = x.new_empty(T * K, 2 * table.layout.intermediate)
+    if T:
+        grouped_gate_up(x.contiguous(), plan, table, config.gate_up, h, pre)
+        out = x.new_empty(T * K, H)
+        grouped_down(h, weights, plan, table, config.down, out)
+        sum_pairs(out, ids, table.address, y)
+    return y, (plan, pre)
 
 
 def _tokens(
