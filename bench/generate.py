@@ -82,8 +82,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _median(
     args: argparse.Namespace, model: Any, ids: torch.Tensor, draft: Any, gamma: int | str
 ) -> tuple[GenerationResult, list[list[int]]]:
-    results = [
-        generate(
+    results: list[GenerationResult] = []
+    for _ in range(min(args.repeats, 3)):
+        result = generate(
             model,
             ids,
             draft=draft,
@@ -91,8 +92,8 @@ def _median(
             max_new_tokens=args.max_new_tokens,
             return_result=True,
         )
-        for _ in range(min(args.repeats, 3))
-    ]
+        assert isinstance(result, GenerationResult)
+        results.append(result)
     result = sorted(results, key=lambda r: r.tokens_per_second)[len(results) // 2]
     return result, result.sequences.tolist()
 

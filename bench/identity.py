@@ -44,17 +44,7 @@ def run(args: argparse.Namespace) -> Table:
         for name, helper in (("none", None), ("ngram", "ngram"), ("model", draft)):
             gammas = [0] if helper is None else args.num_draft_tokens
             same = [
-                torch.equal(
-                    generate(
-                        model,
-                        row[None],
-                        draft=helper,
-                        num_draft_tokens=gamma,
-                        max_new_tokens=args.max_new_tokens,
-                        eos_token_id=[],
-                    ).cpu(),
-                    text,
-                )
+                torch.equal(_ours(model, row[None], helper, gamma, args.max_new_tokens), text)
                 for row, text in zip(prompts, plain, strict=True)
                 for gamma in gammas
             ]
@@ -69,6 +59,14 @@ def run(args: argparse.Namespace) -> Table:
         [f"{different} generations differ from the model's plain greedy text"],
         failed=different > 0,
     )
+
+
+def _ours(model: Any, ids: torch.Tensor, draft: Any, gamma: int, new: int) -> torch.Tensor:
+    out = generate(
+        model, ids, draft=draft, num_draft_tokens=gamma, max_new_tokens=new, eos_token_id=[]
+    )
+    assert isinstance(out, torch.Tensor)
+    return out.cpu()
 
 
 def _plain(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:

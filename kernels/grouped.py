@@ -103,9 +103,11 @@ def make_plan(ids: Tensor, table: Any, block_m: int) -> Plan:
     """Sort ids [T, k] (contiguous) by expert, and cut each group into tiles of `block_m` rows."""
     E, pairs = table.layout.num_experts, ids.numel()
     tiles = pairs // block_m + min(E, pairs)
-    empty = [torch.empty(n, dtype=torch.int32, device=ids.device) for n in (pairs, E + 1)]
-    tables = [torch.empty(tiles, dtype=torch.int32, device=ids.device) for _ in range(2)]
-    plan = Plan(*empty, *tables, top_k=ids.shape[1], block_m=block_m)
+    sizes = (pairs, E + 1, tiles, tiles)
+    order, offsets, expert, row = (
+        torch.empty(n, dtype=torch.int32, device=ids.device) for n in sizes
+    )
+    plan = Plan(order, offsets, expert, row, top_k=ids.shape[1], block_m=block_m)
     _plan_kernel[(E,)](
         ids,
         table.address,
