@@ -60,29 +60,14 @@ class Case:
 
     def run(self, table: ExpertTable | None = None, **replace) -> torch.Tensor:
         t, lay = table or self.table(), self.layout
-        args = {
-            "x": self.x,
-            "ids": self.ids,
-            "weights": self.weights,
-            "address": t.address,
-            "dtype": lay.dtype,
-            "intermediate": lay.intermediate,
-            "gate_stride": t.gate_stride,
-            "up_offset": t.up_offset,
-            "down_offset": t.down_offset,
-            "down_skew": t.down_skew,
-            "down_stride": t.down_stride,
-            "bias": lay.bias,
-            "gate_up_bias_offset": t.gate_up_bias_offset,
-            "gate_up_bias_skew": t.gate_up_bias_skew,
-            "down_bias_offset": t.down_bias_offset,
-            "down_bias_skew": t.down_bias_skew,
-            "bias_stride": t.bias_stride,
-            "bias_up_offset": t.bias_up_offset,
-            "activation": lay.activation,
-            "alpha": lay.alpha,
-            "limit": lay.limit,
-        }
+        args = {"x": self.x, "ids": self.ids, "weights": self.weights, "address": t.address}
+        args |= {"dtype": lay.dtype, "intermediate": lay.intermediate}
+        strides = ("gate_stride", "up_offset", "down_offset", "down_skew", "down_stride")
+        args |= {name: getattr(t, name) for name in strides} | {"bias": lay.bias}
+        biases = ("gate_up_bias_offset", "gate_up_bias_skew", "down_bias_offset", "down_bias_skew")
+        biases += ("bias_stride", "bias_up_offset")
+        args |= {name: getattr(t, name) for name in biases}
+        args |= {n: getattr(lay, n) for n in ("activation", "alpha", "limit")}
         return torch.ops.spac.expert_ffn_cpu(**(args | replace))
 
     def _reference(self, dtype: torch.dtype) -> torch.Tensor:
