@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-# Pairs that one program can look through to find its tokens (64 tokens of 8 experts).
-WINDOW_PAIRS = 512
 # Tokens that fit one matmul tile of the smallest height.
 TOKEN_ROWS = 16
 
@@ -36,12 +34,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """path "tokens": at most 16 tokens, two launches; "window": at most 512 pairs; "grouped"."""
+    """path "tokens" takes at most 16 tokens, "grouped" any number; `outer` is for gradients."""
 
     path: str
     gate_up: Tile
     down: Tile
-    outer: Tile = Tile(64, 64, 32, 4, 3)  # weight gradients: block_k counts rows
+    outer: Tile = Tile(64, 64, 32, 4, 3)  # of weight gradients: block_k counts rows
 
 
 @dataclass(frozen=True)
@@ -76,29 +74,22 @@ def _fit(tile: Tile, columns: int, itemsize: int, shared: int) -> Tile:
         tile = replace(tile, block_k=tile.block_k // 2)
 
 
-def select_path(tokens: int, top_k: int) -> str:
-    """Which kernels serve a forward of `tokens` tokens."""
-    if tokens <= TOKEN_ROWS and tokens * top_k <= WINDOW_PAIRS:
-        return "tokens"
-    return "window" if tokens * top_k <= WINDOW_PAIRS else "grouped"
-
-
 def select_config(
     tokens: int, top_k: int, layout: Any, device: Device, path: str | None = None
 ) -> FFNConfig:
     """Tiles for `tokens` tokens of `top_k` experts each, over experts of `layout`."""
-    path = path or select_path(tokens, top_k)
+    path = path or ("tokens" if tokens <= TOKEN_ROWS else "grouped")
     if layout.dtype == torch.float32:
         small, big = Tile(16, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)
         tile = big if path == "grouped" else small
         return FFNConfig(path, tile, tile, tile)
     if path == "tokens":
         gate_up, down = Tile(16, 16, 256, 4, 4), Tile(16, 16, 256, 4, 6)
-    elif path == "window":
-        gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
     else:
         rows = tokens * top_k / layout.num_experts
-        if rows <= 24:
+        if rows <= 6:
+            gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
+        elif rows <= 24:
             gate_up, down = Tile(32, 32, 128, 4, 4), Tile(32, 64, 128, 4, 4)
         elif rows <= 96:
             gate_up, down = Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)

@@ -1,8 +1,7 @@
 """The expert FFN over the address table, for any number of tokens.
 
 "tokens" (at most 16 tokens): two launches; every program finds its expert by itself.
-"window" (at most 512 pairs): gate-up and down by expert, then the sum over the top k.
-"grouped" (more): `kernels/grouped.py`, on pairs sorted by expert.
+"grouped" (any number): `kernels/grouped.py`, on pairs sorted by expert.
 No atomics: the same inputs give the same bits.
 """
 
@@ -22,7 +21,6 @@ from spac.kernels.common import (
     down_args,
     gate_up_args,
     gate_up_tile,
-    matmul_tile,
     weight_pointer,
 )
 from spac.kernels.config import FFNConfig, device_of, select_config
@@ -34,7 +32,7 @@ from spac.kernels.sum_pairs import sum_pairs
 def _distinct_kernel_part(
     ids_ptr, address_ptr, list_ptr, num_pairs, E, EXPERTS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """list[0] = number of distinct experts of the window that are here; list[1:] = their ids."""
+    """list = number of distinct experts of the window that are here, their ids, and a 0."""
     offs_e = tl.arange(0, EXPERTS)
     used = tl.zeros((EXPERTS,), tl.int32)
     for p0 in range(0, num_pairs, CHUNK):
@@ -46,7 +44,9 @@ def _distinct_kernel_part(
     used = tl.where(address != 0, used, 0)
     rank = tl.cumsum(used, axis=0) - used
     tl.store(list_ptr + 1 + rank, offs_e, mask=used != 0)
-    tl.store(list_ptr, tl.sum(used, axis=0))
+    count = tl.sum(used, axis=0)
+    tl.store(list_ptr, count)
+    tl.store(list_ptr + 1 + count, 0)
 
 
 @triton.jit
@@ -179,20 +179,23 @@ def _down_tokens_kernel(
     mask = (offs_t[:, None] < T) & (offs_j[None, :] < K)
     ids = tl.load(ids_ptr + pair, mask=mask, other=-1).to(tl.int32)
     weights = tl.load(weights_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-    count = tl.load(list_ptr)
-    steps = tl.cdiv(inter, BLOCK_K)
+    steps = tl.load(list_ptr) * tl.cdiv(inter, BLOCK_K)
     w_offs = offs_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for it in range(0, count * steps):
-        i = it // steps
-        k0 = (it - i * steps) * BLOCK_K
-        e = tl.load(list_ptr + 1 + i)
-        base = tl.load(address_ptr + e) + w_offset + e.to(tl.int64) * w_skew
+    # The next expert is loaded one step early: an address that is loaded in the step that uses
+    # it would make Triton split the pipeline's stages between the two loads. An `if` in the loop
+    # would end the pipelining altogether.
+    i = 0
+    k0 = 0
+    e = tl.load(list_ptr + 1)
+    address = tl.load(address_ptr + e)
+    for _ in range(0, steps):
+        wide = e.to(tl.int64)
         w_t = tl.sum(tl.where(ids == e, weights, 0.0), axis=1)
         mask_t = w_t != 0.0
-        w_ptrs = weight_pointer(base, h_ptr, ALIGN) + k0 * stride_wk + w_offs
-        h_rows = (e.to(tl.int64) * T + offs_t) * inter
-        h_ptrs = h_ptr + h_rows[:, None] + (k0 + offs_k)[None, :]
+        w_ptr = weight_pointer(address + w_offset + wide * w_skew, h_ptr, ALIGN)
+        w_ptrs = w_ptr + k0 * stride_wk + w_offs
+        h_ptrs = h_ptr + ((wide * T + offs_t) * inter)[:, None] + (k0 + offs_k)[None, :]
         if EVEN_K:
             h = tl.load(h_ptrs, mask=mask_t[:, None], other=0.0)
             w = tl.load(w_ptrs, mask=mask_n[None, :], other=0.0)
@@ -202,165 +205,18 @@ def _down_tokens_kernel(
             w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         part = dot(h, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if BIAS:
-            bias_ptr = weight_pointer(
-                tl.load(address_ptr + e) + bias_offset + e.to(tl.int64) * bias_skew, h_ptr, 1
-            )
+            bias_ptr = weight_pointer(address + bias_offset + wide * bias_skew, h_ptr, 1)
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < tl.where(k0 == 0, H, 0), other=0.0)
             part += bias.to(tl.float32)[None, :]
         acc += w_t[:, None] * part
+        k0 += BLOCK_K
+        done = k0 >= inter
+        i += done.to(tl.int32)
+        k0 = tl.where(done, 0, k0)
+        e = tl.load(list_ptr + 1 + i)
+        address = tl.load(address_ptr + e)
     y_ptrs = y_ptr + offs_t[:, None] * H + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_t[:, None] < T) & mask_n[None, :])
-
-
-@triton.jit
-def _window_rows(rank, hit, offs_p, m0, count, BLOCK_M: tl.constexpr):
-    """Pairs m0..m0 + BLOCK_M of an expert, and which of them exist."""
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    chosen = hit[None, :] & (rank[None, :] == offs_m[:, None])
-    return tl.sum(tl.where(chosen, offs_p[None, :], 0), axis=1), offs_m < count
-
-
-@triton.jit
-def _gate_up_window_kernel(
-    x_ptr,
-    stride_xt,
-    ids_ptr,
-    h_ptr,
-    address_ptr,
-    gate_stride,
-    gate_k_stride,
-    up_offset,
-    bias_offset,
-    bias_skew,
-    bias_stride,
-    bias_up_offset,
-    alpha,
-    limit,
-    num_pairs,
-    K,
-    H,
-    inter,
-    ACTIVATION: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PAIRS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """h[p] = act(gate_e x_t) * up_e x_t for the pairs p = (t, e) of one expert.
-
-    Grid (E, blocks of I).
-    """
-    e = tl.program_id(0)
-    n0 = tl.program_id(1) * BLOCK_N
-    offs_p = tl.arange(0, PAIRS)
-    ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1)
-    address = tl.load(address_ptr + e)
-    hit = ids == e
-    rank = tl.cumsum(hit.to(tl.int32), axis=0) - 1
-    count = tl.sum(hit.to(tl.int32), axis=0)
-    if (address == 0) | (count == 0):
-        return
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    for m0 in range(0, count, BLOCK_M):
-        pair, mask_m = _window_rows(rank, hit, offs_p, m0, count, BLOCK_M)
-        gate, up = gate_up_tile(
-            x_ptr,
-            pair // K,
-            stride_xt,
-            mask_m,
-            weight_pointer(address, x_ptr, ALIGN),
-            weight_pointer(address + bias_offset + e.to(tl.int64) * bias_skew, x_ptr, 1),
-            gate_stride,
-            gate_k_stride,
-            up_offset,
-            bias_stride,
-            bias_up_offset,
-            n0,
-            H,
-            inter,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_K,
-            INTERLEAVED,
-            BIAS,
-        )
-        h = activate(gate, up, alpha, limit, ACTIVATION)
-        h_ptrs = h_ptr + pair[:, None].to(tl.int64) * inter + offs_n[None, :]
-        tl.store(
-            h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_n < inter)[None, :]
-        )
-
-
-@triton.jit
-def _down_window_kernel(
-    h_ptr,
-    ids_ptr,
-    weights_ptr,
-    out_ptr,
-    address_ptr,
-    w_offset,
-    w_skew,
-    stride_wn,
-    stride_wk,
-    bias_offset,
-    bias_skew,
-    num_pairs,
-    H,
-    inter,
-    BIAS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PAIRS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out[p] = weight[p] * (down_e h[p] + bias_e) for the pairs p of one expert, in fp32.
-
-    Grid (E, blocks of H).
-    """
-    e = tl.program_id(0)
-    n0 = tl.program_id(1) * BLOCK_N
-    offs_p = tl.arange(0, PAIRS)
-    ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1)
-    address = tl.load(address_ptr + e)
-    hit = ids == e
-    rank = tl.cumsum(hit.to(tl.int32), axis=0) - 1
-    count = tl.sum(hit.to(tl.int32), axis=0)
-    if (address == 0) | (count == 0):
-        return
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < H
-    wide = e.to(tl.int64)
-    for m0 in range(0, count, BLOCK_M):
-        pair, mask_m = _window_rows(rank, hit, offs_p, m0, count, BLOCK_M)
-        out = matmul_tile(
-            h_ptr,
-            pair.to(tl.int64),
-            inter,
-            mask_m,
-            weight_pointer(address + w_offset + wide * w_skew, h_ptr, ALIGN),
-            stride_wn,
-            stride_wk,
-            n0,
-            H,
-            inter,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_K,
-        )
-        if BIAS:
-            bias_ptr = weight_pointer(address + bias_offset + wide * bias_skew, h_ptr, 1)
-            out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        weight = tl.load(weights_ptr + pair, mask=mask_m, other=0.0).to(tl.float32)
-        out_ptrs = out_ptr + pair[:, None].to(tl.int64) * H + offs_n[None, :]
-        tl.store(out_ptrs, weight[:, None] * out, mask=mask_m[:, None] & mask_n[None, :])
 
 
 def expert_ffn(
@@ -387,16 +243,31 @@ def expert_ffn(
     config = config or select_config(T, K, layout, device_of(x.device))
     if config.path == "tokens":
         _tokens(x, ids, weights, table, y, config)
-    elif config.path == "window":
-        _window(x, ids, weights, table, y, config)
     else:
-        plan = make_plan(ids, table, config.gate_up.block_m)
-        h = x.new_empty(T * K, layout.intermediate)
-        grouped_gate_up(x, plan, table, config.gate_up, h)
-        out = x.new_empty(T * K, H)
-        grouped_down(h, weights, plan, table, config.down, out)
-        sum_pairs(out, ids, table.address, y)
+        _grouped(x, ids, weights, table, y, config)
     return y
+
+
+def _grouped(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    table: Any,
+    y: Tensor,
+    config: FFNConfig,
+    pre: Tensor | None = None,
+) -> Plan:
+    plan = make_plan(ids, table, config.gate_up.block_m)
+    h = x.new_empty(ids.numel(), table.layout.intermediate)
+    grouped_gate_up(x, plan, table, config.gate_up, h, pre)
+    # fp32 partial results as long as they stay in L2; beyond, traffic counts more.
+    small = ids.numel() * x.shape[1] <= 2**22
+    out = torch.empty(
+        ids.numel(), x.shape[1], dtype=torch.float32 if small else x.dtype, device=x.device
+    )
+    grouped_down(h, weights, plan, table, config.down, out)
+    sum_pairs(out, ids, table.address, y)
+    return plan
 
 
 def save_hidden(x: Tensor, ids: Tensor, table: Any, config: FFNConfig) -> tuple[Plan, Tensor]:
@@ -417,14 +288,8 @@ def expert_ffn_train(
     config = config or select_config(T, K, table.layout, device_of(x.device), "grouped")
     ids, weights = ids.contiguous(), weights.contiguous()
     y = torch.empty(T, H, dtype=x.dtype, device=x.device)
-    plan = make_plan(ids, table, config.gate_up.block_m)
-    h = x.new_empty(T * K, table.layout.intermediate)
     pre = x.new_empty(T * K, 2 * table.layout.intermediate)
-    if T:
-        grouped_gate_up(x.contiguous(), plan, table, config.gate_up, h, pre)
-        out = x.new_empty(T * K, H)
-        grouped_down(h, weights, plan, table, config.down, out)
-        sum_pairs(out, ids, table.address, y)
+    plan = _grouped(x.contiguous(), ids, weights, table, y, config, pre)
     return y, (plan, pre)
 
 
@@ -435,7 +300,7 @@ def _tokens(
     E, inter = layout.num_experts, layout.intermediate
     gate_up, down = config.gate_up, config.down
     h = x.new_empty(E, T, inter)
-    experts = torch.empty(E + 1, dtype=torch.int32, device=x.device)
+    experts = torch.empty(E + 2, dtype=torch.int32, device=x.device)
     by_pair = T * K < E
     _gate_up_tokens_kernel[(T * K if by_pair else E, triton.cdiv(inter, gate_up.block_n))](
         x,
@@ -470,42 +335,3 @@ def _tokens(
         **down_args(table),
         **down.launch(),
     )
-
-
-def _window(
-    x: Tensor, ids: Tensor, weights: Tensor, table: Any, y: Tensor, config: FFNConfig
-) -> None:
-    (T, H), K, layout = x.shape, ids.shape[1], table.layout
-    E, inter = layout.num_experts, layout.intermediate
-    gate_up, down = config.gate_up, config.down
-    h = x.new_empty(T * K, inter)
-    out = torch.empty(T * K, H, dtype=torch.float32, device=x.device)
-    pairs = triton.next_power_of_2(T * K)
-    _gate_up_window_kernel[(E, triton.cdiv(inter, gate_up.block_n))](
-        x,
-        x.stride(0),
-        ids,
-        h,
-        num_pairs=T * K,
-        K=K,
-        H=H,
-        inter=inter,
-        PAIRS=pairs,
-        EVEN_K=H % gate_up.block_k == 0,
-        **gate_up_args(table),
-        **gate_up.launch(),
-    )
-    _down_window_kernel[(E, triton.cdiv(H, down.block_n))](
-        h,
-        ids,
-        weights,
-        out,
-        num_pairs=T * K,
-        H=H,
-        inter=inter,
-        PAIRS=pairs,
-        EVEN_K=inter % down.block_k == 0,
-        **down_args(table),
-        **down.launch(),
-    )
-    sum_pairs(out, ids, table.address, y)

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from spac import reference
-from spac.kernels.config import FFNConfig, Tile, select_path
+from spac.kernels.config import FFNConfig, Tile
 from spac.kernels.expert_ffn import expert_ffn
 from spac.layout import ACTIVATIONS, ExpertLayout, ExpertTable
 
 SMALL = {
     "tokens": FFNConfig("tokens", Tile(16, 16, 32, 4, 3), Tile(16, 32, 16, 4, 3)),
-    "window": FFNConfig("window", Tile(16, 16, 32, 4, 3), Tile(16, 32, 32, 4, 3)),
     "grouped": FFNConfig("grouped", Tile(32, 16, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
 }
 
@@ -235,9 +234,3 @@ def test_arguments_are_checked(device):
         expert_ffn(x, ids[:3], weights, table)
     with pytest.raises(ValueError, match=r"table.address: expected int64 \[3\]"):
         expert_ffn(x, ids, weights, replace(table, address=table.address[:2]))
-
-
-def test_paths():
-    assert [select_path(t, 8) for t in (1, 16, 17, 64, 65)] == [
-        "tokens", "tokens", "window", "window", "grouped",
-    ]  # fmt: skip
