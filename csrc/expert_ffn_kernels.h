@@ -1,6 +1,6 @@
 // The microkernels behind `ExpertKernels`. Included per ISA inside its namespace, after
 // expert_ffn_tile.h, hence no #pragma once.
-inline constexpr int PANEL_ROWS = 12;  // a multiple of every tile height
+inline constexpr int PANEL_ROWS = 8;  // a multiple of 4
 
 inline int64_t padded(int64_t k) {
   return (k + STEP - 1) / STEP * STEP;
@@ -47,6 +47,10 @@ void pack(const void* x, DType x_dtype, const int32_t* token, int count, int64_t
 
 // ---- out[p * out_stride + r] = w[r] . x[p] for the rows of one expert and all its pairs
 
+template <class W>
+inline constexpr int STEP_BYTES = STEP * sizeof(W);
+
+// One block of tokens: every row is read once, in halves; what is used next is fetched meanwhile.
 template <class W, int N>
 void stream_rows(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
                  float* out, int64_t out_stride) {
@@ -54,10 +58,20 @@ void stream_rows(const W* w, int64_t w_stride, int rows, int64_t k, const float*
   int r = 0;
   for (; r + R <= rows; r += R) {
     const W* ahead = r + 2 * R <= rows || !next ? w + (r + R) * w_stride : next;
-    stream_tile<W, R, N>(w + r * w_stride, w_stride, x, k, ahead, out + r, out_stride);
+    const int64_t k_half = padded((k + 1) / 2);
+    V sums[R * N];
+    for (int64_t k0 = 0; k0 < k; k0 += k_half) {
+      const W* from = w + r * w_stride + k0;
+      const bool last = k0 + k_half >= k;
+      row_tile<W, R, N, R, STEP_BYTES<W>>(
+          from, w_stride, x + k0 * N, last ? k - k0 : k_half,
+          reinterpret_cast<const char*>(last ? ahead : from + k_half), w_stride * sizeof(W),
+          reinterpret_cast<float*>(sums), k0 == 0, last, out + r, out_stride);
+    }
   }
   for (; r < rows; ++r)
-    stream_tile<W, 1, N>(w + r * w_stride, w_stride, x, k, w + r * w_stride, out + r, out_stride);
+    row_tile<W, 1, N, 0, 0>(w + r * w_stride, w_stride, x, k, nullptr, 0, nullptr, true, true,
+                            out + r, out_stride);
 }
 
 template <class W, int N = STREAM_TOKENS>
@@ -69,43 +83,68 @@ void stream(int tokens, const W* w, int64_t w_stride, int rows, int64_t k, const
   }
 }
 
-template <int R, int N>
-void panel_block(int tokens, const float* panel, const float* x, int64_t steps, float* partial,
-                 bool first, bool last, float* out, int64_t out_stride) {
-  if constexpr (N > 0 && tile_rows(N + 1) <= R) {
+template <class W, int R, int P, int A, int N = BLOCK_TOKENS>
+void block_tile(int tokens, const W* w, int64_t w_stride, const float* x, int64_t k,
+                const char* ahead, int64_t ahead_stride, float* partial, bool first, bool last,
+                float* out, int64_t out_stride) {
+  if constexpr (N > 0) {
     if (tokens == N)
-      return panel_tile<R, N>(panel, x, steps, partial, first, last, out, out_stride);
-    panel_block<R, N - 1>(tokens, panel, x, steps, partial, first, last, out, out_stride);
+      return row_tile<W, R, N, P, A>(w, w_stride, x, k, ahead, ahead_stride, partial, first, last,
+                                     out, out_stride);
+    block_tile<W, R, P, A, N - 1>(tokens, w, w_stride, x, k, ahead, ahead_stride, partial, first,
+                                  last, out, out_stride);
   }
 }
 
-// R rows at a time fit the widest block of the group.
-template <class W, int R>
-void blocked_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group,
-                  const float* x, float* out, int64_t out_stride, float* scratch) {
-  constexpr int N = ACCUMULATORS / R < BLOCK_TOKENS ? ACCUMULATORS / R : BLOCK_TOKENS;
-  float* panel = scratch;
-  float* partial = scratch + PANEL_ROWS * BLOCK_K;
-  float tile[R * N] = {};
-  const int64_t k_padded = padded(k);
-  for (int64_t k0 = 0; k0 < k_padded; k0 += BLOCK_K) {
-    const int64_t steps = (k0 + BLOCK_K < k_padded ? BLOCK_K : k_padded - k0) / STEP;
-    const bool first = k0 == 0, last = k0 + BLOCK_K >= k_padded;
-    for (int r = 0; r < rows; r += R)
-      unpack_panel<W, R>(w + r * w_stride + k0, w_stride, rows - r < R ? rows - r : R, k - k0,
-                         steps, panel + r * BLOCK_K);
-    float* sums = partial;
-    for (int b = 0; b < group.num_blocks; ++b) {
+// Several blocks of tokens and at most PANEL_ROWS rows, K in slices that stay in the cache. Rows of
+// few tokens are converted as they are used; for more, they are first unpacked to a panel of
+// floats.
+template <class W>
+void block_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group,
+                const float* x, const W* next, float* out, int64_t out_stride, float* scratch) {
+  constexpr int R = 4;
+  float* const panel = scratch;
+  float* const partial = scratch + PANEL_ROWS * BLOCK_K;
+  const bool unpack = group.pairs > DIRECT_TOKENS;
+  const int64_t k_padded = padded(k), slices = (k + BLOCK_K - 1) / BLOCK_K;
+  const int64_t width = padded((k + slices - 1) / slices);
+  const int64_t row_bytes = w_stride * sizeof(W);
+  for (int64_t k0 = 0; k0 < k; k0 += width) {
+    const int64_t some = k - k0 < width ? k - k0 : width;
+    const bool first = k0 == 0, last = k0 + width >= k;
+    const char* after = reinterpret_cast<const char*>(last ? next : w + k0 + width);
+    const auto tile = [&](int r, int b) {
       const Block block = group.blocks[b];
       const float* xb = x + block.first * k_padded + k0 * block.count;
-      for (int r = 0; r < rows; r += R) {
-        panel_block<R, N>(block.count, panel + r * BLOCK_K, xb, steps, sums, first, last, tile, R);
-        sums += block.count * R * VL;
-        if (!last) continue;
-        float* to = out + block.first * out_stride + r;
-        for (int n = 0; n < block.count; ++n)
-          for (int i = 0; i < R && r + i < rows; ++i) to[n * out_stride + i] = tile[n * R + i];
+      float* sums = partial + (block.first * PANEL_ROWS + block.count * r) * VL;
+      float* to = out + block.first * out_stride + r;
+      const W* from = w + r * w_stride + k0;
+      if (unpack) {
+        const char* ahead =
+            after && b < R ? after + (r + b) * row_bytes : reinterpret_cast<char*>(panel);
+        block_tile<float, R, 1, STEP_BYTES<W>>(block.count, panel + r * BLOCK_K, BLOCK_K, xb,
+                                               padded(some), ahead, 0, sums, first, last, to,
+                                               out_stride);
+      } else if (r + R <= rows) {
+        const char* ahead =
+            r + 2 * R <= rows ? reinterpret_cast<const char*>(from + R * w_stride) : after;
+        ahead =
+            ahead && 2 * b < R ? ahead + 2 * b * row_bytes : reinterpret_cast<const char*>(from);
+        block_tile<W, R, 2, STEP_BYTES<W>>(block.count, from, w_stride, xb, some, ahead, row_bytes,
+                                           sums, first, last, to, out_stride);
+      } else {
+        for (int i = 0; r + i < rows; ++i)
+          block_tile<W, 1, 0, 0>(block.count, from + i * w_stride, w_stride, xb, some, nullptr, 0,
+                                 sums + block.count * i * VL, first, last, to + i, out_stride);
       }
+    };
+    if (unpack) {
+      for (int r = 0; r < rows; ++r) unpack_row(w + r * w_stride + k0, some, panel + r * BLOCK_K);
+      for (int b = 0; b < group.num_blocks; ++b)
+        for (int r = 0; r < rows; r += R) tile(r, b);
+    } else {
+      for (int r = 0; r < rows; r += R)
+        for (int b = 0; b < group.num_blocks; ++b) tile(r, b);
     }
   }
 }
@@ -113,22 +152,13 @@ void blocked_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group
 template <class W>
 void rows_dot(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group, const float* x,
               const W* next, float* out, int64_t out_stride, float* scratch) {
-  if (group.num_blocks == 1 && group.pairs <= STREAM_TOKENS)
+  if (group.pairs <= STREAM_TOKENS)
     return stream<W>(group.pairs, w, w_stride, rows, k, x, next, out, out_stride);
-  const int widest = group.blocks[0].count;
   for (int r = 0; r < rows; r += PANEL_ROWS) {
     const W* from = w + r * w_stride;
-    const int some = rows - r < PANEL_ROWS ? rows - r : PANEL_ROWS;
-    switch (tile_rows(widest)) {
-      case 2:
-        blocked_rows<W, 2>(from, w_stride, some, k, group, x, out + r, out_stride, scratch);
-        break;
-      case 3:
-        blocked_rows<W, 3>(from, w_stride, some, k, group, x, out + r, out_stride, scratch);
-        break;
-      default:
-        blocked_rows<W, 4>(from, w_stride, some, k, group, x, out + r, out_stride, scratch);
-    }
+    const bool more = rows - r > PANEL_ROWS;
+    block_rows<W>(from, w_stride, more ? PANEL_ROWS : rows - r, k, group, x,
+                  more ? from + PANEL_ROWS * w_stride : next, out + r, out_stride, scratch);
   }
 }
 

@@ -2,10 +2,11 @@
 // its namespace, after simd_<isa>.h, hence no #pragma once.
 inline constexpr int STEP = 2 * VL;  // weights of a row per step
 
-// Rows of a tile: as many as the accumulators hold; ways to load a row do not grow beyond 4.
+// Rows of a tile: 8 where the accumulators hold them, since more rows are more streams from memory;
+// then 4, whose sums are written together.
 constexpr int tile_rows(int tokens) {
   const int rows = ACCUMULATORS / tokens;
-  return rows > 4 ? 4 : rows;
+  return rows >= 8 ? 8 : rows > 4 ? 4 : rows;
 }
 
 template <int R, int N, class Load>
@@ -19,7 +20,7 @@ inline __attribute__((always_inline)) void step(V (&acc)[N][R], const float* x, 
     for (int n = 0; n < N; ++n) {
       const V xn = load(x + (h * N + n) * VL);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[n][r] = fma(w[r], xn, acc[n][r]);
+      for (int r = 0; r < R; ++r) accumulate(acc[n][r], w[r], xn);
     }
   }
 }
@@ -28,10 +29,12 @@ inline __attribute__((always_inline)) void step(V (&acc)[N][R], const float* x, 
 template <int R, int N>
 inline __attribute__((always_inline)) void write_sums(V (&acc)[N][R], float* out,
                                                       int64_t out_stride) {
-  if constexpr (R == 4) {
+  if constexpr (R % 4 == 0) {
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n)
-      sum4(acc[n][0], acc[n][1], acc[n][2], acc[n][3], out + n * out_stride);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r += 4)
+        sum4(acc[n][r], acc[n][r + 1], acc[n][r + 2], acc[n][r + 3], out + n * out_stride + r);
   } else {
     constexpr int M = N * R;
     float sums[M + 3];
@@ -45,19 +48,39 @@ inline __attribute__((always_inline)) void write_sums(V (&acc)[N][R], float* out
   }
 }
 
-// Streaming: rows as they lie in memory. Row r of this tile is w + r * w_stride; `ahead` is where
-// the rows after these are, fetched as these are used.
-template <class W, int R, int N>
-void stream_tile(const W* w, int64_t w_stride, const float* x, int64_t k, const W* ahead,
-                 float* out, int64_t out_stride) {
+// Sums are kept in `partial` between the slices of K.
+template <int R, int N>
+inline __attribute__((always_inline)) void load_sums(V (&acc)[N][R], const float* partial) {
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[n][r] = load(partial + (n * R + r) * VL);
+}
+template <int R, int N>
+inline __attribute__((always_inline)) void store_sums(const V (&acc)[N][R], float* partial) {
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store(partial + (n * R + r) * VL, acc[n][r]);
+}
+
+// out[n * out_stride + r] = w[r] . x[n] over k weights of each row, row r being w + r * w_stride.
+// Meanwhile P other rows, `ahead_stride` bytes apart, are fetched, A bytes of each per step.
+template <class W, int R, int N, int P, int A>
+__attribute__((noinline)) void row_tile(const W* w, int64_t w_stride, const float* x, int64_t k,
+                                        const char* ahead, int64_t ahead_stride, float* partial,
+                                        bool first, bool last, float* out, int64_t out_stride) {
   V acc[N][R] = {};
+  if (!first) load_sums<R, N>(acc, partial);
   const int64_t whole = k - k % STEP;
   for (int64_t i = 0; i < whole; i += STEP) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+      for (int line = 0; line < A; line += 64)
+        __builtin_prefetch(ahead + p * ahead_stride + line, 0, 3);
+    ahead += A;
     step<R, N>(acc, x, [&](int r, int h) {
       const W* p = w + r * w_stride + i;
-      if (h == 0)
-        for (size_t line = 0; line < STEP * sizeof(W); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(ahead + r * w_stride + i) + line, 0, 3);
       return h == 0 ? half<0>(p) : half<1>(p);
     });
     x += 2 * N * VL;
@@ -68,54 +91,23 @@ void stream_tile(const W* w, int64_t w_stride, const float* x, int64_t k, const 
       std::memcpy(rest[r], w + r * w_stride + whole, (k - whole) * sizeof(W));
     step<R, N>(acc, x, [&](int r, int h) { return h == 0 ? half<0>(rest[r]) : half<1>(rest[r]); });
   }
-  write_sums<R, N>(acc, out, out_stride);
-}
-
-// Blocked: rows unpacked to floats as [steps][2][R][VL]. `partial` keeps the accumulators between
-// the pieces of K.
-template <int R, int N>
-void panel_tile(const float* panel, const float* x, int64_t steps, float* partial, bool first,
-                bool last, float* out, int64_t out_stride) {
-  V acc[N][R] = {};
-  if (!first)
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[n][r] = load(partial + (n * R + r) * VL);
-  for (int64_t s = 0; s < steps; ++s) {
-    step<R, N>(acc, x, [&](int r, int h) { return load(panel + (h * R + r) * VL); });
-    x += 2 * N * VL;
-    panel += 2 * R * VL;
-  }
-  if (last) {
+  if (last)
     write_sums<R, N>(acc, out, out_stride);
-    return;
-  }
-#pragma GCC unroll 16
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store(partial + (n * R + r) * VL, acc[n][r]);
+  else
+    store_sums<R, N>(acc, partial);
 }
 
-// Unpacks R rows, of which `rows` exist, and `steps` steps, of which k columns exist; else zeros.
-template <class W, int R>
-void unpack_panel(const W* w, int64_t w_stride, int rows, int64_t k, int64_t steps, float* panel) {
-  for (int64_t s = 0; s < steps; ++s) {
-    for (int r = 0; r < R; ++r) {
-      V lo{}, hi{};
-      if (r < rows) {
-        const W* p = w + r * w_stride + s * STEP;
-        W rest[STEP] = {};
-        if ((s + 1) * STEP > k) {
-          std::memcpy(rest, p, (k - s * STEP) * sizeof(W));
-          p = rest;
-        }
-        lo = half<0>(p);
-        hi = half<1>(p);
-      }
-      store(panel + r * VL, lo);
-      store(panel + (R + r) * VL, hi);
-    }
-    panel += 2 * R * VL;
+// Unpacks k weights of a row to floats in packed order, zero up to a multiple of STEP.
+template <class W>
+void unpack_row(const W* w, int64_t k, float* out) {
+  int64_t i = 0;
+  for (; i + STEP <= k; i += STEP) {
+    store(out + i, half<0>(w + i));
+    store(out + i + VL, half<1>(w + i));
   }
+  if (i == k) return;
+  W rest[STEP] = {};
+  std::memcpy(rest, w + i, (k - i) * sizeof(W));
+  store(out + i, half<0>(rest));
+  store(out + i + VL, half<1>(rest));
 }

@@ -1,9 +1,10 @@
 // Eight floats with AVX2, FMA and F16C; the contract is in simd_portable.h.
 inline constexpr int VL = 8;
 inline constexpr int ACCUMULATORS = 12;
-inline constexpr int STREAM_TOKENS = 4;
-inline constexpr int BLOCK_TOKENS = 6;
-inline constexpr int BLOCK_K = 256;
+inline constexpr int STREAM_TOKENS = 3;
+inline constexpr int BLOCK_TOKENS = 3;
+inline constexpr int DIRECT_TOKENS = 12;
+inline constexpr int BLOCK_K = 512;
 using V = __m256;
 typedef int32_t VI __attribute__((vector_size(32)));
 
@@ -24,6 +25,11 @@ inline V vmin(V a, V b) {
 }
 inline V vmax(V a, V b) {
   return _mm256_max_ps(a, b);
+}
+// As an instruction: from the intrinsic, GCC rotates a full set of accumulators through copies and
+// spills, and loads b again for each use.
+inline void accumulate(V& sum, V a, V b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
 }
 
 template <int h>

@@ -2,8 +2,9 @@
 inline constexpr int VL = 16;
 inline constexpr int ACCUMULATORS = 24;
 inline constexpr int STREAM_TOKENS = 6;
-inline constexpr int BLOCK_TOKENS = 12;
-inline constexpr int BLOCK_K = 512;
+inline constexpr int BLOCK_TOKENS = 6;
+inline constexpr int DIRECT_TOKENS = 32;
+inline constexpr int BLOCK_K = 768;
 using V = __m512;
 typedef int32_t VI __attribute__((vector_size(64)));
 
@@ -24,6 +25,11 @@ inline V vmin(V a, V b) {
 }
 inline V vmax(V a, V b) {
   return _mm512_max_ps(a, b);
+}
+// As an instruction: from the intrinsic, GCC rotates a full set of accumulators through copies and
+// spills, and loads b again for each use.
+inline void accumulate(V& sum, V a, V b) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
 template <int h>

@@ -3,14 +3,17 @@
 //   V, VI            a vector of VL floats, of VL int32
 //   ACCUMULATORS     registers that a tile may use for sums
 //   STREAM_TOKENS    widest token block that reads weight rows as they lie
-//   BLOCK_TOKENS     widest token block over an unpacked weight panel
+//   BLOCK_TOKENS     tokens per block for more; DIRECT_TOKENS, from where rows are unpacked
+//   BLOCK_K          columns of a slice, so that a block and some rows fit the L1 cache
+//   accumulate       sum += a * b, where sums must stay in registers
 //   fma, vmin, vmax  vmin(a, b) and vmax(a, b) return b if either is NaN
 //   half<h>(p)       vector h (0 or 1) of the 2 VL weights at p, as floats, in packed order
 //   sum4             out[i] = sum of the lanes of the i-th argument, in one fixed order
 inline constexpr int VL = 4;
 inline constexpr int ACCUMULATORS = 12;
-inline constexpr int STREAM_TOKENS = 4;
-inline constexpr int BLOCK_TOKENS = 6;
+inline constexpr int STREAM_TOKENS = 3;
+inline constexpr int BLOCK_TOKENS = 3;
+inline constexpr int DIRECT_TOKENS = 12;
 inline constexpr int BLOCK_K = 256;
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t VI __attribute__((vector_size(16)));
@@ -34,6 +37,9 @@ inline V vmin(V a, V b) {
 }
 inline V vmax(V a, V b) {
   return a > b ? a : b;
+}
+inline void accumulate(V& sum, V a, V b) {
+  sum += a * b;
 }
 
 template <int h>
