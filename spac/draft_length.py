@@ -7,8 +7,9 @@ the most expected tokens per second,
     rate(gamma) = expected_tokens(a, gamma) / (step(gamma) + draft(gamma)),
 
 0 included: without drafting nothing is risked. Seconds are medians of what was measured at that
-gamma lately; in between, and beyond, a non-decreasing line through its measured neighbours (or the
-cost model's curve, if one is given, scaled to the measurements). Deterministic.
+gamma, times a drift that all lengths share (a cache that warms up speeds every window); in between,
+and beyond, a non-decreasing line through the measured neighbours (or the cost model's curve, if one
+is given, scaled to the measurements). Deterministic.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ class DraftLengthController:
         self._seen: dict[int, int] = {}  # gamma -> step of its last observation
         self._steps, self._next_look, self._pause = 0, interval, interval
         self._best: int | None = None
-        # Both ends and the middle pin the curve; three each, since a first run compiles or warms.
+        self._drift = 1.0  # seconds now / seconds when measured, smoothed
+        # Both ends and the middle pin the curve; three each, in turn, since the first are cold.
         ends = dict.fromkeys((max_gamma, 0, (max_gamma + 1) // 2))
-        self._opening = deque(g for g in ends for _ in range(3))
+        self._opening = deque([*ends] * 3)
 
     @property
     def acceptance(self) -> float:
@@ -83,7 +85,10 @@ class DraftLengthController:
             decay = self._decay**tried
             self._kept = self._kept * decay + accepted
             self._tried = self._tried * decay + tried
-        self._step.setdefault(gamma, deque(maxlen=9)).append(step_seconds)
+        if gamma in self._step:
+            ratio = step_seconds / (self._drift * statistics.median(self._step[gamma]))
+            self._drift *= min(max(ratio, 0.1), 10.0) ** (0.3 if self._steps < 32 else 0.1)
+        self._step.setdefault(gamma, deque(maxlen=9)).append(step_seconds / self._drift)
         self._seen[gamma] = self._steps
         if gamma:
             self._draft.append(draft_seconds / gamma)
@@ -139,12 +144,12 @@ class DraftLengthController:
         return text if other == best else f"{text}; gamma {other} would give {rates[other]:.4g}"
 
     def _verify_seconds(self, gamma: int) -> float:
-        if gamma in self._step:
-            return statistics.median(self._step[gamma])
         known = sorted(self._step)
         if not known:
             return self._predict(gamma) if self._predict else 1.0 + 0.1 * gamma
-        medians = [statistics.median(self._step[g]) for g in known]
+        medians = [self._drift * statistics.median(self._step[g]) for g in known]
+        if gamma in self._step:
+            return medians[known.index(gamma)]
         if self._predict:
             ratio = [m / self._predict(g) for g, m in zip(known, medians, strict=True)]
             return self._predict(gamma) * float(np.interp(gamma, known, ratio))

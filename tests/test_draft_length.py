@@ -94,6 +94,19 @@ def test_follows_a_change_of_the_text():
     assert tokens / seconds >= 0.9 * good.best(8)[1]
 
 
+def test_a_cache_that_warms_up_does_not_mislead():
+    """Every window gets three times faster over the first 150 steps."""
+    control, world = DraftLengthController(8), World(memory_bound, 0.002, 0.8)
+    best = world.best(8)[1]
+    for step in range(300):
+        slow = 1 + 2 * np.exp(-step / 50)
+        world.step = lambda g, slow=slow: slow * memory_bound(g)
+        world.run(control, 1)
+    world.step = memory_bound
+    tokens, seconds, _ = world.run(control, 500)
+    assert tokens / seconds > 0.93 * best
+
+
 def test_exploration_is_rare_and_rarer_with_time():
     control, world = DraftLengthController(8), World(memory_bound, 0.001, 0.0)
     early, late = (world.run(control, 1000)[2] for _ in range(2))
