@@ -20,8 +20,7 @@ class Stack:
     def __init__(self):
         self._items = []
 
-    def push(self, item):
-'''
+    def push(self, item):'''
 
 
 def main(argv: list[str] | None = None) -> int:

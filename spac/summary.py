@@ -27,8 +27,9 @@ def _rows(
 ) -> list[tuple[str, str]]:
     rows = [("tokens/s, with speculation", f"{result.tokens_per_second:.1f}")]
     if plain is not None:
-        ratio = result.tokens_per_second / plain.tokens_per_second
-        rows.append(("tokens/s, without", f"{plain.tokens_per_second:.1f} (ratio {ratio:.2f})"))
+        speed, base = result.tokens_per_second, plain.tokens_per_second
+        ratio = f" (ratio {speed / base:.2f})" if base else ""
+        rows.append(("tokens/s, without", f"{base:.1f}{ratio}"))
         same = result.sequences.tolist() == plain.sequences.tolist()
         rows.append(("same text without", "yes" if same else "no"))
     rows += [
