@@ -1,0 +1,138 @@
+// Runs every microkernel on heap blocks of exactly the right size, so that AddressSanitizer sees a
+// read or write past any of them, and checks the sums in double. No torch.
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "expert_ffn_run.h"
+
+using namespace spac;
+
+namespace {
+struct Buffer {  // malloc'ed, exact, `shift` bytes off any alignment
+  std::unique_ptr<char, void (*)(void*)> owner{nullptr, std::free};
+  char* data;
+  Buffer(size_t bytes, size_t shift)
+      : owner(static_cast<char*>(std::malloc(bytes + shift)), std::free) {
+    data = owner.get() + shift;
+  }
+};
+
+double store_as(DType type, char* to, int64_t i, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (type == DType::f32) {
+    std::memcpy(to + 4 * i, &value, 4);
+    return value;
+  }
+  // 1/16 steps up to 1 are exact in bf16 and fp16.
+  uint16_t half = static_cast<uint16_t>(bits >> 16);
+  if (type == DType::f16 && value != 0)
+    half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (((bits >> 23 & 0xff) - 112) << 10) |
+                                 (bits >> 13 & 0x3ff));
+  else if (type == DType::f16)
+    half = 0;
+  std::memcpy(to + 2 * i, &half, 2);
+  return value;
+}
+
+int check(Isa isa, DType w_type, DType x_type, int64_t H, int64_t I, int64_t T, int64_t k,
+          int64_t E, int threads, bool bias) {
+  std::mt19937 random(static_cast<unsigned>(H * 131 + I * 17 + T));
+  const auto value = [&] { return (static_cast<int>(random() % 33) - 16) / 16.0f; };
+  const size_t size = w_type == DType::f32 ? 4 : 2, x_size = x_type == DType::f32 ? 4 : 2;
+  const int64_t elements = 3 * H * I + 2 * I + H;
+  std::vector<Buffer> blobs;
+  std::vector<std::vector<double>> w(E);
+  std::vector<int64_t> address;
+  for (int64_t e = 0; e < E; ++e) {
+    blobs.emplace_back(elements * size, size);
+    for (int64_t i = 0; i < elements; ++i)
+      w[e].push_back(store_as(w_type, blobs[e].data, i, value()));
+    address.push_back(e == 1 ? 0 : reinterpret_cast<int64_t>(blobs[e].data));
+  }
+  Buffer x(T * H * x_size, x_size), y(T * H * 4, 0);
+  std::vector<double> xd;
+  for (int64_t i = 0; i < T * H; ++i) xd.push_back(store_as(x_type, x.data, i, value()));
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+  for (int64_t i = 0; i < T * k; ++i) {
+    ids.push_back(static_cast<int32_t>(random() % (E + 2)) - 1);
+    weights.push_back(value());
+  }
+  FfnCall call{};
+  call.shape = {H, I, H, I * H, I, bias, 1, I, Activation::relu, 0, 0};
+  call.x_dtype = x_type;
+  call.w_dtype = w_type;
+  call.x = x.data;
+  call.ids = ids.data();
+  call.weights = weights.data();
+  call.address = address.data();
+  call.tokens = T;
+  call.k = k;
+  call.experts = E;
+  call.down_offset = 2 * H * I * size;
+  call.gate_up_bias_offset = 3 * H * I * size;
+  call.down_bias_offset = (3 * H * I + 2 * I) * size;
+  call.y = reinterpret_cast<float*>(y.data);
+  per_process<ExpertFfn>().run(call, expert_kernels(isa, w_type), threads);
+
+  double worst = 0, scale = 1;
+  for (int64_t t = 0; t < T; ++t) {
+    std::vector<double> expected(H, 0.0);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t e = ids[t * k + j];
+      if (e < 0 || e >= E || e == 1) continue;
+      const double* b = w[e].data() + 3 * H * I;
+      std::vector<double> h(I);
+      for (int64_t i = 0; i < I; ++i) {
+        double gate = bias ? b[i] : 0, up = bias ? b[I + i] : 0;
+        for (int64_t n = 0; n < H; ++n) {
+          gate += w[e][i * H + n] * xd[t * H + n];
+          up += w[e][(I + i) * H + n] * xd[t * H + n];
+        }
+        h[i] = std::fmax(gate, 0) * up;
+      }
+      for (int64_t n = 0; n < H; ++n) {
+        double out = bias ? b[2 * I + n] : 0;
+        for (int64_t i = 0; i < I; ++i) out += w[e][2 * H * I + n * I + i] * h[i];
+        expected[n] += weights[t * k + j] * out;
+      }
+    }
+    for (int64_t n = 0; n < H; ++n) {
+      scale = std::fmax(scale, std::fabs(expected[n]));
+      worst = std::fmax(worst, std::fabs(call.y[t * H + n] - expected[n]));
+    }
+  }
+  if (worst <= 1e-5 * scale) return 0;
+  std::printf("%s w=%d x=%d H=%ld I=%ld T=%ld: error %g of %g\n", kIsaNames[static_cast<int>(isa)],
+              static_cast<int>(w_type), static_cast<int>(x_type), static_cast<long>(H),
+              static_cast<long>(I), static_cast<long>(T), worst, scale);
+  return 1;
+}
+}  // namespace
+
+int main() {
+  int failures = 0, runs = 0;
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (!isa_supported(isa)) continue;
+    for (DType w : {DType::bf16, DType::f16, DType::f32})
+      for (DType x : {DType::bf16, DType::f16, DType::f32})
+        for (auto [H, I, T, k, E] : {std::array<int64_t, 5>{1, 1, 1, 1, 1},
+                                     {7, 3, 5, 2, 3},
+                                     {33, 31, 1, 4, 6},
+                                     {65, 17, 23, 3, 4},
+                                     {130, 37, 49, 1, 2},
+                                     {833, 26, 40, 1, 1},
+                                     {40, 521, 15, 2, 2}})
+          for (int threads : {1, 3}) {
+            failures += check(isa, w, x, H, I, T, k, E, threads, (H + T) % 2 == 0);
+            ++runs;
+          }
+  }
+  std::printf("%d runs, %d failures\n", runs, failures);
+  return failures != 0;
+}
