@@ -231,13 +231,20 @@ def test_bundle_held_out_loss(bundle):
 
 
 @needs_bundle
-def test_bundle_acceptance_by_the_plain_loop(bundle):
-    _, tokenizer, target, draft, device = bundle
+def test_bundle_acceptance(bundle):
+    """Half of the drafted tokens at gamma = 4, over the card's prompts; two by the plain loop."""
+    noted, tokenizer, target, draft, device = bundle
+    prompts = data.held_out_prompts(tokenizer, 20).to(device)
+    text = demo_eval.continuations(target, prompts, 128 + 4)
+    share = demo_eval.acceptance(draft, text, prompts.shape[1], 4)
+    assert share >= 0.5
+    assert share == pytest.approx(noted["acceptance"]["share"], abs=0.1)
     accepted = windows = 0
-    for prompt in data.held_out_prompts(tokenizer, 6).to(device):
+    for prompt in prompts[:2]:
         _, a, w = speculate(target, draft, prompt[None], 4, 48)
         accepted, windows = accepted + a, windows + w
-    assert accepted / (4 * windows) >= 0.5
+    short = demo_eval.acceptance(draft, text[:2, : 96 + 48 + 4], 96, 4)
+    assert accepted / (4 * windows) == pytest.approx(short, abs=0.02)
 
 
 @needs_bundle
