@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,7 @@ def check_forward(p: Problem, table: ExpertTable | None = None, path: str | None
     layout, x, ids, w = p.layout, p.x[0], p.ids[0], p.weights[0]
     tokens, top_k = ids.shape
     config = select_config(tokens, top_k, layout, device_of(x.device), path)
-    args = (x.double(), ids, w.double(), *p.params[:2], layout, *p.params[2:])
-    truth = reference.expert_ffn(*args)
+    truth = p.truth(0)
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-21}[layout.dtype]
     torch.cuda.empty_cache()
     poison = torch.full((2**26,), float("nan"), device=DEV)  # what torch.empty will hand out
@@ -106,9 +106,9 @@ def correctness(report: Report) -> None:
                 p = make_problem(layout, params, tokens, 3, DEV)
                 p.ids[0][0, 0], p.ids[0][1, 1] = -1, 7
                 label = f"{name} {str(dtype)[6:]} T={tokens} {path}"
-                report.part(label, lambda p=p, path=path: check_forward(p, None, path))
+                report.part(label, partial(check_forward, p, None, path))
             p = make_problem(layout, params, 60, 3, DEV)
-            report.part(f"backward {name} {str(dtype)[6:]}", lambda p=p: check_backward(p))
+            report.part(f"backward {name} {str(dtype)[6:]}", partial(check_backward, p))
     check_real_shape(report)
     torch.cuda.empty_cache()
     report.part("verify", check_verify)
@@ -122,7 +122,7 @@ def check_real_shape(report: Report) -> None:
     params = make_params(layout, DEV)
     for tokens in (*range(1, 18), 31, 32, 33, 64, 100, 256, 1024, 4096):
         p = make_problem(layout, params, tokens, top_k, DEV)
-        report.part(f"qwen T={tokens}", lambda p=p: check_forward(p))
+        report.part(f"qwen T={tokens}", partial(check_forward, p))
     p = make_problem(layout, params, 40, top_k, DEV)
     p.ids[0][:] = p.ids[0][:1].clone()
     report.part("qwen T=40, 8 experts take all", lambda: check_forward(p))
@@ -133,15 +133,14 @@ def check_backward(p: Problem) -> str:
     x, ids, w = p.x[0], p.ids[0], p.weights[0]
     dy = torch.randn_like(x)
     leaves = [t.double().requires_grad_() for t in (x, w, *p.params)]
-    y = reference.expert_ffn(leaves[0], ids, leaves[1], *leaves[2:4], p.layout, *leaves[4:])
+    both = replace(p, params=leaves[2:], x=leaves[:1], weights=leaves[1:2])
+    y = both.truth(0)
     truth = torch.autograd.grad(y, leaves, dy.double())
     _, saved = expert_ffn_train(x, ids, w, p.table)
-    biases = [*p.params[2:], None, None][:2]
     unit = {2: 2**-6, 4: 2**-19}[p.layout.dtype.itemsize]
-    runs = [
-        expert_ffn_backward(dy, x, ids, w, p.table, *p.params[:2], *biases, s)
-        for s in (saved, None)
-    ]
+    gate_up, down, gate_up_bias, down_bias = [*p.params, None, None][:4]
+    tensors: list[Any] = [dy, x, ids, w, p.table, gate_up, down, gate_up_bias, down_bias]
+    runs = [expert_ffn_backward(*tensors, s) for s in (saved, None)]
     errors = []
     for grad, again, exact in zip(*runs, truth, strict=False):
         errors.append(error_of(grad, exact))
@@ -174,8 +173,7 @@ def check_memories(layout: ExpertLayout, params: list[Tensor], top_k: int) -> st
     p.ids[0][0] = torch.arange(36, 36 + top_k, device=DEV)  # experts 40.. are nowhere
     seen = torch.where(p.ids[0] < 40, p.ids[0], -1)
     y = expert_ffn(p.x[0], p.ids[0], p.weights[0], replace(blobs, address=address))
-    q = replace(p, ids=[seen])
-    truth = reference.expert_ffn(q.x[0].double(), seen, q.weights[0].double(), *params, layout)
+    truth = replace(p, ids=[seen]).truth(0)
     worst = error_of(y, truth)
     if worst > 6e-3:
         raise AssertionError(f"error {worst:.1e}")
@@ -212,7 +210,9 @@ def check_settle() -> str:
         if not torch.equal(*results):
             raise AssertionError(f"settle at weight {weight}")
     parts = [torch.randn(9, 2048, device=DEV) for _ in range(3)]
-    if not torch.equal(combine.combine(parts, torch.bfloat16), sum(parts).bfloat16()):
+    if not torch.equal(
+        combine.combine(parts, torch.bfloat16), (parts[0] + parts[1] + parts[2]).bfloat16()
+    ):
         raise AssertionError("combine")
     return "equal"
 
@@ -250,6 +250,10 @@ def check_accept() -> str:
     return f"chi-square {chi_square:.1f} (7 degrees), {different} of 24 differ by rounding"
 
 
+def _graph_of(name: str, p: Problem) -> float:
+    return graph_seconds(make_provider(name, p))
+
+
 def timing(report: Report) -> list[str]:
     """The table of issue 3, then the sweep, the small kernels, streaming and training."""
     E, H, inter, top_k, options = SHAPES["qwen3-30b-a3b"]
@@ -262,7 +266,7 @@ def timing(report: Report) -> list[str]:
         row: dict[str, float] = {"floor": floor}
         for name in ("spac", "grouped_mm"):
             label = f"{name} W={tokens}"
-            seconds = report.part(label, lambda n=name, p=p: graph_seconds(make_provider(n, p)))
+            seconds = report.part(label, partial(_graph_of, name, p))
             row[name] = seconds if seconds is not None else float("nan")
         report.results[f"W={tokens}"] = row
         lines.append(

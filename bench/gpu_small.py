@@ -116,7 +116,7 @@ def training(report: Any, layout: ExpertLayout, params: list[Tensor], top_k: int
 
     def ours() -> None:
         _, saved = expert_ffn_train(x, ids, w, p.table)
-        expert_ffn_backward(dy, x, ids, w, p.table, *params, saved=saved)
+        expert_ffn_backward(dy, x, ids, w, p.table, params[0], params[1], saved=saved)
 
     def peer() -> None:
         leaves = [t.detach().requires_grad_() for t in (x, *params)]

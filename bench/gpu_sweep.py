@@ -50,10 +50,12 @@ CANDIDATES = {1: TOKENS, 8: TOKENS, 16: TOKENS, 32: FEW, 64: FEW, 256: SOME, 102
 
 
 def _variants(tokens: int, best: FFNConfig, side: str) -> Iterator[FFNConfig]:
-    for tile in CANDIDATES[tokens][0 if side == "gate_up" else 1]:
-        if side == "down":
-            tile = replace(tile, block_m=best.gate_up.block_m)
-        yield replace(best, **{side: tile})
+    gate_up, down = CANDIDATES[tokens]
+    if side == "gate_up":
+        yield from (replace(best, gate_up=tile) for tile in gate_up)
+    else:
+        rows = best.gate_up.block_m
+        yield from (replace(best, down=replace(tile, block_m=rows)) for tile in down)
 
 
 def sweep(

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ SHAPES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = ["tokens", "provider", "us", "GB/s", "TFLOP/s", "x floor", "x best peer", "error"]
 PROVIDERS = ("spac", "grouped_mm", "batched_mm", "torch")
-Call = Callable[[int], Tensor]
+Call = Callable[[int], Any]
 
 
 @dataclass
@@ -65,6 +66,20 @@ class Problem:
     def table(self) -> ExpertTable:
         return ExpertTable.from_parameters(self.layout, *self.params)
 
+    def truth(self, r: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The reference operator on window r, accumulated and returned in `dtype`."""
+        bias = [None, None] if len(self.params) == 2 else self.params[2:]
+        return reference.expert_ffn(
+            self.x[r].to(dtype),
+            self.ids[r],
+            self.weights[r].to(dtype),
+            self.params[0],
+            self.params[1],
+            self.layout,
+            bias[0],
+            bias[1],
+        )
+
     def distinct_bytes(self) -> float:
         """Mean bytes of the experts that a window needs."""
         per_expert = 3 * self.layout.hidden * self.layout.intermediate * self.layout.dtype.itemsize
@@ -77,9 +92,9 @@ class Problem:
 def make_params(layout: ExpertLayout, device: str) -> list[Tensor]:
     """Random gate_up, down and, if the layout has them, biases; outputs of order 1."""
     E, H, inter = layout.num_experts, layout.hidden, layout.intermediate
-    shapes = [((E, 2 * inter, H), H), ((E, H, inter), inter)]
+    shapes: list[tuple[tuple[int, ...], int]] = [((E, 2 * inter, H), H), ((E, H, inter), inter)]
     if layout.transposed:
-        shapes = [((e, b, a), n) for (e, a, b), n in shapes]
+        shapes = [((s[0], s[2], s[1]), n) for s, n in shapes]
     if layout.bias:
         shapes += [((E, 2 * inter), 4), ((E, H), 4)]
     out = []
@@ -99,8 +114,13 @@ def make_problem(
         top = scores.topk(top_k, dim=-1)
         x = torch.randn(tokens, layout.hidden, device=device).to(layout.dtype)
         windows.append((x, top.indices.to(torch.int32), torch.softmax(top.values, -1)))
-    x, ids, weights = (list(part) for part in zip(*windows, strict=True))
-    return Problem(layout, params, x, ids, weights)
+    return Problem(
+        layout,
+        params,
+        x=[w[0] for w in windows],
+        ids=[w[1] for w in windows],
+        weights=[w[2] for w in windows],
+    )
 
 
 def make_provider(name: str, p: Problem) -> Call:
@@ -113,9 +133,7 @@ def make_provider(name: str, p: Problem) -> Call:
             p.x[r], p.ids[r], p.weights[r], table, layout.dtype, backend
         )
     if name == "torch":
-        return lambda r: reference.expert_ffn(
-            p.x[r], p.ids[r], p.weights[r], *p.params[:2], layout, *p.params[2:]
-        )
+        return lambda r: p.truth(r, layout.dtype)
     from transformers.integrations import moe
 
     forward = getattr(moe, f"{name}_experts_forward")
@@ -125,10 +143,10 @@ def make_provider(name: str, p: Problem) -> Call:
     return lambda r: forward(module, p.x[r], ids[r], cast[r])
 
 
-def transformers_module(p: Problem) -> torch.nn.Module:
+def transformers_module(p: Problem) -> Any:
     """What transformers' expert functions read of an experts module."""
     layout = p.layout
-    module = torch.nn.Module()
+    module = SimpleNamespace()
     module.num_experts = layout.num_experts
     module.has_gate, module.has_bias = True, layout.bias
     module.is_transposed, module.is_concatenated = layout.transposed, not layout.interleaved
@@ -200,9 +218,7 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def relative_error(y: Tensor, p: Problem, r: int = 0) -> float:
-    truth = reference.expert_ffn(
-        p.x[r].double(), p.ids[r], p.weights[r].double(), *p.params[:2], p.layout, *p.params[2:]
-    )
+    truth = p.truth(r)
     return float((y.double() - truth).norm() / truth.norm())
 
 
