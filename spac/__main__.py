@@ -135,6 +135,12 @@ class _Session:
             "seed": args.seed,
         }
 
+    def warm_up(self) -> None:
+        """First calls load libraries and size buffers; no figure should hold that."""
+        tokens, self.options["max_new_tokens"] = self.options["max_new_tokens"], 4
+        self.generate()
+        self.options["max_new_tokens"] = tokens
+
     def generate(self, streamer: Any = None, draft: bool = True) -> Any:
         from spac.speculative import generate
 
@@ -156,6 +162,7 @@ def _generate(args: argparse.Namespace) -> int:
     from spac.summary import print_summary
 
     session = _Session(args)
+    session.warm_up()
     result = session.generate(TextStreamer(session.tokenizer, skip_special_tokens=True))
     figures = {"with": stats(session.model)}
     plain = None

@@ -18,6 +18,7 @@ The programme's form is ours; the paper describes the idea, its code has none (s
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -326,6 +327,8 @@ class BalancerThread:
         self._thread.join(timeout)
 
     def _work(self) -> None:
+        with contextlib.suppress(ImportError):  # solve() reports it
+            import cvxpy  # noqa: F401  seconds that the first solve need not wait for
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or self._problem is not None)
