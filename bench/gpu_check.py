@@ -138,9 +138,9 @@ def check_backward(p: Problem) -> str:
     truth = torch.autograd.grad(y, leaves, dy.double())
     _, saved = expert_ffn_train(x, ids, w, p.table)
     unit = {2: 2**-6, 4: 2**-19}[p.layout.dtype.itemsize]
-    gate_up, down, gate_up_bias, down_bias = [*p.params, None, None][:4]
-    tensors: list[Any] = [dy, x, ids, w, p.table, gate_up, down, gate_up_bias, down_bias]
-    runs = [expert_ffn_backward(*tensors, s) for s in (saved, None)]
+    params: list[Any] = [*p.params, None, None][:4]
+    backward: Any = partial(expert_ffn_backward, dy, x, ids, w, p.table, *params)
+    runs = [backward(saved=s) for s in (saved, None)]
     errors = []
     for grad, again, exact in zip(*runs, truth, strict=False):
         errors.append(error_of(grad, exact))
