@@ -49,7 +49,7 @@ def _distinct_kernel_part(
     tl.store(list_ptr + 1 + count, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gate_up_tokens_kernel(
     x_ptr,
     stride_xt,
@@ -139,7 +139,7 @@ def _gate_up_tokens_kernel(
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_t[:, None] & (offs_n[None, :] < inter))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _down_tokens_kernel(
     h_ptr,
     ids_ptr,
