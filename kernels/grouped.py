@@ -44,7 +44,7 @@ class Plan:
         return self.tile_expert.numel()
 
 
-@triton.jit(do_not_specialize=["num_pairs", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def _plan_kernel(
     ids_ptr,
     address_ptr,
