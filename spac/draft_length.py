@@ -31,9 +31,9 @@ class DraftLengthController:
     """Chooses gamma in 0..max_gamma; tell it what every step did with `observe`.
 
     predict(gamma) -> seconds of a verify step, from a cost model, replaces straight lines between
-    measurements. Every `interval` steps one other gamma is measured: the one whose figure is oldest
-    among those that could still win. The share of steps spent so is at most 1 / interval, and the
-    pause doubles (up to 8 intervals) while looking changes nothing.
+    measurements. Every `interval` steps one other gamma is measured twice: the one whose figure is
+    oldest among those that could still win. The share of steps spent so is at most 2 / interval,
+    and the pause doubles (up to 4 intervals) while looking changes nothing.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class DraftLengthController:
         predict: Callable[[int], float] | None = None,
         interval: int = 32,
         acceptance: float = 0.6,
-        memory: int = 64,
+        memory: int = 256,
     ) -> None:
         if max_gamma < 0:
             raise ValueError(f"max_gamma: needed at least 0, got {max_gamma}")
         self.max_gamma, self._predict, self._interval = max_gamma, predict, interval
-        self.reason = "first steps: measuring"
+        self.reason = "measuring: nothing is known yet"
         self._decay = 1 - 1 / memory
         # Two drafted tokens' worth of the prior: it fades with the first real windows.
         self._kept, self._tried = 2.0 * acceptance, 2.0
@@ -88,7 +88,10 @@ class DraftLengthController:
         if gamma in self._step:
             ratio = step_seconds / (self._drift * statistics.median(self._step[gamma]))
             self._drift *= min(max(ratio, 0.1), 10.0) ** (0.3 if self._steps < 32 else 0.1)
-        self._step.setdefault(gamma, deque(maxlen=9)).append(step_seconds / self._drift)
+        times = self._step.setdefault(gamma, deque(maxlen=9))
+        if self._steps - self._seen.get(gamma, self._steps) > self._interval:
+            times.clear()  # a cold cache or another text: the drift cannot make up for that
+        times.append(step_seconds / self._drift)
         self._seen[gamma] = self._steps
         if gamma:
             self._draft.append(draft_seconds / gamma)
@@ -107,7 +110,7 @@ class DraftLengthController:
     def choose(self) -> int:
         """The gamma of the next step; `reason` then says why in one line."""
         if self._opening:
-            self.reason = f"first steps: measuring gamma {self._opening[0]}"
+            self.reason = f"measuring gamma {self._opening[0]}"
             return self._opening[0]
         rates = [self.rate(g) for g in range(self.max_gamma + 1)]
         best = int(np.argmax(rates))
@@ -119,9 +122,10 @@ class DraftLengthController:
             self._next_look = min(self._next_look, self._steps + self._interval)
         if self._steps >= self._next_look and self.max_gamma:
             self._next_look = self._steps + self._pause
-            self._pause = min(2 * self._pause, 8 * self._interval)
+            self._pause = min(2 * self._pause, 4 * self._interval)
             look = self._stalest(rates, best)
             if look is not None:
+                self._opening.extend([look] * 2)
                 self.reason = f"measuring gamma {look} again ({self._summary(rates, best)})"
                 return look
         self.reason = self._summary(rates, best)

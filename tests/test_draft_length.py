@@ -111,7 +111,7 @@ def test_exploration_is_rare_and_rarer_with_time():
     control, world = DraftLengthController(8), World(memory_bound, 0.001, 0.0)
     early, late = (world.run(control, 1000)[2] for _ in range(2))
     assert np.mean(np.array(early[60:]) > 0) < 0.05
-    assert 0 < np.mean(np.array(late) > 0) < 0.01  # but never blind
+    assert 0 < np.mean(np.array(late) > 0) < 0.025  # but never blind
 
 
 def test_deterministic():
