@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
-POLICIES = ("spac", "spac-reference", "static")
+POLICIES = ("spac", "spac-reference", "lru", "lfu", "lfru", "hybri", "static")
 
 
 def parse_bytes(size: int | str) -> int:
@@ -37,7 +37,7 @@ def format_bytes(size: float) -> str:
 class SpacConfig:
     """Settings of `spac.attach`; the defaults are what the docs measure."""
 
-    policy: str = "spac"  # "spac" calibrates the bounds, "spac-reference" is the paper's 5 and 1
+    policy: str = "spac"  # spac.policy; "static" keeps the first fill, "spac-reference": the paper
     max_length: int = 4096  # tokens of KV cache that the budget pays for
     max_window: int = 32  # a forward over more tokens than this is prefill
     max_utility: int = 5  # K of the paper

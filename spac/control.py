@@ -12,7 +12,7 @@ import numpy as np
 from spac.balance import BalanceProblem, BalancerThread, Plan
 from spac.config import SpacConfig
 from spac.cost import CostModel
-from spac.utility import Calibrator
+from spac.policy import Spac, make_policy
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Snapshot:
 
 
 class Control:
-    """Turns snapshots into scores [L, E], thresholds tau [L] and utility bounds [L, 2]."""
+    """Turns snapshots into scores [L, E], what is worth a copy, and utility bounds [L, 2]."""
 
     def __init__(
         self,
@@ -41,26 +41,27 @@ class Control:
         self.top_k = top_k
         self.costs = costs
         self.slots = slots
-        self.tau = np.ones(num_layers, dtype=np.int32)
-        self.quota = np.full(num_layers, slots / num_layers)
-        self.expected = np.zeros((num_layers, num_experts))  # pairs per window, smoothed
+        self.policy = make_policy(config.policy, num_layers, num_experts, slots)
+        # The estimator runs on the device whatever decides the copies: it shows in the statistics.
+        self.estimator = (
+            self.policy if isinstance(self.policy, Spac) else Spac(num_layers, num_experts, slots)
+        )
+        self.bounds = self.estimator.calibrator.bounds.copy()  # replaced, never changed in place
         self.plan: Plan | None = None
-        mode = "reference" if config.policy == "spac-reference" else "calibrated"
-        self.calibrator = Calibrator(num_layers, mode)
-        self.bounds = self.calibrator.bounds.copy()  # replaced, never changed in place
         self.balancer = BalancerThread()
+        self._expected = np.zeros((num_layers, num_experts))  # pairs per window, smoothed
         self._frequency = np.zeros((num_layers, num_experts), dtype=np.int64)
         self._window = 0
         self._seconds = 0.0
         self._window_seconds = 0.0  # smoothed wall time from one window to the next
         self._balanced = 0
 
-    def scores(self, snapshot: Snapshot, held: np.ndarray) -> np.ndarray:
-        """Priority of every expert, float [L, E]: first in from the top, first out below."""
+    def observe(self, snapshot: Snapshot, held: np.ndarray) -> None:
+        """Take in the windows since the last snapshot; held: experts in slots or on their way."""
         passed = max(snapshot.window - self._window, 1)
         rate = (snapshot.frequency - self._frequency) / passed
         decay = 0.8**passed
-        self.expected = decay * self.expected + (1 - decay) * rate
+        self._expected = decay * self._expected + (1 - decay) * rate
         took = (snapshot.seconds - self._seconds) / passed
         if self._window:
             self._window_seconds = decay * self._window_seconds + (1 - decay) * took
@@ -71,18 +72,32 @@ class Control:
             self.balancer.submit(self._problem(snapshot.utility, held))
         plan = self.balancer.poll()
         if plan is not None:
-            self.plan, self.tau, self.quota = plan, plan.tau, plan.slots
-        if self.calibrator.update(snapshot.utility, self.tau, self.quota):
-            self.bounds = self.calibrator.bounds.copy()
-        # Equal utilities are ordered by how many pairs the expert had of late.
-        return snapshot.utility + self.expected / (1 + self.expected)
+            self.plan, self.estimator.tau, self.estimator.quota = plan, plan.tau, plan.slots
+        if self.policy is not self.estimator:
+            self.policy.observe_counts(rate)
+        before = self.estimator.calibrator.bounds.copy()
+        self.estimator.observe_counts(rate)
+        self.estimator.state["utility"][:] = snapshot.utility  # the device's is the one in force
+        if not np.array_equal(before, self.estimator.calibrator.bounds):
+            self.bounds = self.estimator.calibrator.bounds.copy()
+
+    def scores(self) -> np.ndarray:
+        """Priority of every expert, float [L, E]: first in from the top, first out below."""
+        return self.policy.score()
+
+    def wanted(self) -> np.ndarray:
+        """Experts worth a copy, bool [L, E]; with the paper's policy those with u >= tau."""
+        if self.config.policy == "spac-reference":
+            return self.estimator.utility >= self.estimator.tau[:, None]
+        wanted = self.policy.wanted()
+        return np.ones_like(self._expected, dtype=bool) if wanted is None else wanted
 
     def _problem(self, utility: np.ndarray, held: np.ndarray) -> BalanceProblem:
         horizon = self.config.rebalance_every
-        tokens = self.expected.sum() / (len(self.tau) * self.top_k)
+        tokens = self._expected.sum() / (len(utility) * self.top_k)
         return BalanceProblem.build(
             utility=utility,
-            counts=self.expected,
+            counts=self._expected,
             resident=held,
             cost=self.costs,
             pool=self.slots,

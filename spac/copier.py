@@ -12,8 +12,6 @@ from spac.control import Control, Snapshot
 from spac.pool import SlotPool
 from spac.store import HostStore
 
-_MARGIN = 0.5  # a newcomer must beat its victim by this much, or two experts would take turns
-
 
 class CopyThread(threading.Thread):
     """One round per window, on the latest snapshot. An exception is kept in `error`."""
@@ -62,9 +60,10 @@ class CopyThread(threading.Thread):
 
     def _round(self, snapshot: Snapshot) -> None:
         pool = self.pool
-        scores = self.control.scores(snapshot, pool.held)
-        hot = ~pool.held & (snapshot.utility >= self.control.tau[:, None])
-        wanted = _sorted(scores, hot, descending=True)[: self.max_copies]
+        self.control.observe(snapshot, pool.held)
+        scores = self.control.scores()
+        missing = ~pool.held & self.control.wanted()
+        wanted = _sorted(scores, missing, descending=True)[: self.max_copies]
         copied = 0
         for layer, expert in wanted:
             slot = pool.take()
@@ -75,7 +74,7 @@ class CopyThread(threading.Thread):
         waiting = wanted[copied + pool.pending :]
         victims = _sorted(scores, pool.held & (pool.slot_of >= 0), descending=False)
         for newcomer, victim in zip(waiting, victims, strict=False):
-            if scores[tuple(newcomer)] < scores[tuple(victim)] + _MARGIN:
+            if scores[tuple(newcomer)] <= scores[tuple(victim)] + self.control.policy.margin:
                 break
             pool.evict(int(victim[0]), int(victim[1]))
 

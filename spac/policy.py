@@ -60,6 +60,16 @@ class Policy:
         self.window += 1
         self._finish()
 
+    def observe_counts(self, n: ArrayLike) -> None:
+        """A whole window at once: pairs n [L, E] of every layer, and the window is over.
+
+        What an engine does whose routing stays on the device; settling is done there as well.
+        """
+        for layer, row in enumerate(np.asarray(n, dtype=float)):
+            self._advance(layer, row)
+        self.window += 1
+        self._finish()
+
     def score(self) -> Floats:
         """Priority [L, E]: higher is fetched first and evicted last."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ import torch
 
 import spac
 from spac.budget import bytes_for_ratio
-from spac.config import SpacConfig
+from spac.config import POLICIES, SpacConfig
 from spac.draft import ModelDraft, NgramDraft
 
 PROMPT = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(1))
@@ -50,7 +50,7 @@ def test_greedy_equals_plain_generation(tiny_moe, expected, ratio, draft_name):
         assert torch.equal(out.cpu(), text), (ratio, draft_name, gamma)
 
 
-@pytest.mark.parametrize("policy", ["spac", "spac-reference", "static"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_policies_and_rejected_weight_do_not_change_text(tiny_moe, expected, policy):
     text = plain_text(tiny_moe, expected)
     model = tiny_moe()
