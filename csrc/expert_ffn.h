@@ -90,17 +90,24 @@ struct ExpertKernels {
   size_t (*scratch)(int64_t rows, int64_t pairs);
 };
 
-namespace portable {
-const ExpertKernels& expert_kernels(DType weights);
-}
+// The floor and the ceiling that a benchmark compares with; see peak.h.
+struct CpuPeak {
+  uint64_t (*read_memory)(const char* data, size_t n);
+  float (*multiply_add)(int64_t steps);
+  int64_t flops_per_step;
+};
+
+#define SPAC_DECLARE_ISA(isa)                         \
+  namespace isa {                                     \
+  const ExpertKernels& expert_kernels(DType weights); \
+  const CpuPeak& cpu_peak();                          \
+  }
+SPAC_DECLARE_ISA(portable)
 #ifdef SPAC_X86
-namespace avx2 {
-const ExpertKernels& expert_kernels(DType weights);
-}
-namespace avx512 {
-const ExpertKernels& expert_kernels(DType weights);
-}
+SPAC_DECLARE_ISA(avx2)
+SPAC_DECLARE_ISA(avx512)
 #endif
+#undef SPAC_DECLARE_ISA
 
 inline const ExpertKernels& expert_kernels(Isa isa, DType weights) {
 #ifdef SPAC_X86
@@ -109,6 +116,15 @@ inline const ExpertKernels& expert_kernels(Isa isa, DType weights) {
 #endif
   (void)isa;
   return portable::expert_kernels(weights);
+}
+
+inline const CpuPeak& cpu_peak(Isa isa) {
+#ifdef SPAC_X86
+  if (isa == Isa::avx512) return avx512::cpu_peak();
+  if (isa == Isa::avx2) return avx2::cpu_peak();
+#endif
+  (void)isa;
+  return portable::cpu_peak();
 }
 
 }  // namespace spac

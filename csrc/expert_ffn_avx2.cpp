@@ -12,6 +12,7 @@ namespace spac::avx2 {
 #include "activation.h"
 #include "expert_ffn_tile.h"
 #include "expert_ffn_kernels.h"
+#include "peak.h"
 }  // namespace spac::avx2
 SPAC_TARGET_END
 #endif

@@ -15,6 +15,7 @@ namespace spac::avx512 {
 #include "activation.h"
 #include "expert_ffn_tile.h"
 #include "expert_ffn_kernels.h"
+#include "peak.h"
 }  // namespace spac::avx512
 SPAC_TARGET_END
 #endif

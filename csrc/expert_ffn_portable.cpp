@@ -8,4 +8,5 @@ namespace spac::portable {
 #include "activation.h"
 #include "expert_ffn_tile.h"
 #include "expert_ffn_kernels.h"
+#include "peak.h"
 }  // namespace spac::portable

@@ -51,6 +51,13 @@ class ExpertFfn {
       run_tokens(call, kernels, threads, t, std::min(call.tokens, t + at_once));
   }
 
+  // job(thread, threads) on the same workers, between two calls.
+  template <class Job>
+  void run_job(int threads, Job job) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pool_.run(threads, job);
+  }
+
  private:
   struct Expert {
     ExpertWeights weights;

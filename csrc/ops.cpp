@@ -40,6 +40,11 @@ void check_tensor(const char* name, const Tensor& t, int64_t dim) {
                   t.is_contiguous() ? "" : ", not contiguous");
 }
 
+int current_threads() {
+  const int64_t wanted = cpu_threads.load();
+  return static_cast<int>(wanted > 0 ? wanted : torch::stable::get_num_threads());
+}
+
 Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
                       const Tensor& address, ScalarType dtype, int64_t intermediate,
                       int64_t gate_stride, int64_t up_offset, int64_t down_offset,
@@ -100,10 +105,34 @@ Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
   call.y = y.mutable_data_ptr<float>();
 
   const ExpertKernels& kernels = expert_kernels(current_isa(), call.w_dtype);
-  const int64_t wanted = cpu_threads.load();
-  const int threads = static_cast<int>(wanted > 0 ? wanted : torch::stable::get_num_threads());
-  per_process<ExpertFfn>().run(call, kernels, threads);
+  per_process<ExpertFfn>().run(call, kernels, current_threads());
   return y;
+}
+
+// Reads a tensor once, shared by all threads; returns a checksum.
+int64_t cpu_read(const Tensor& data) {
+  STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous(),
+                  "cpu_read: expected a contiguous CPU tensor");
+  const char* begin = static_cast<const char*>(data.const_data_ptr());
+  const size_t bytes = data.numel() * data.element_size();
+  const CpuPeak& peak = cpu_peak(current_isa());
+  std::atomic<uint64_t> sum{0};
+  per_process<ExpertFfn>().run_job(current_threads(), [&](int thread, int n) {
+    sum += peak.read_memory(begin + bytes / n * thread, bytes / n);
+  });
+  return static_cast<int64_t>(sum.load());
+}
+
+// Multiplies and adds on all threads; returns how many floating-point operations that were.
+int64_t cpu_multiply_add(int64_t steps) {
+  const CpuPeak& peak = cpu_peak(current_isa());
+  const int threads = current_threads();
+  std::atomic<int> done{0};
+  per_process<ExpertFfn>().run_job(threads, [&](int, int) {
+    done += peak.multiply_add(steps) >=
+            0;  // sums grow from 0 up: always true, but not for the compiler
+  });
+  return done.load() * steps * peak.flops_per_step;
 }
 
 std::string cpu_isa() {
@@ -129,14 +158,18 @@ STABLE_TORCH_LIBRARY(spac, m) {
       "int down_stride, bool bias, int gate_up_bias_offset, int gate_up_bias_skew, "
       "int down_bias_offset, int down_bias_skew, int bias_stride, int bias_up_offset, "
       "str activation, float alpha, float limit) -> Tensor");
+  m.def("cpu_read(Tensor data) -> int");
+  m.def("cpu_multiply_add(int steps) -> int");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> ()");
   m.def("set_cpu_threads(int threads) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(spac, CPU, m) {
   m.impl("expert_ffn_cpu", TORCH_BOX(&expert_ffn_cpu));
+  m.impl("cpu_read", TORCH_BOX(&cpu_read));
 }
 STABLE_TORCH_LIBRARY_IMPL(spac, CompositeExplicitAutograd, m) {
+  m.impl("cpu_multiply_add", TORCH_BOX(&cpu_multiply_add));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
   m.impl("set_cpu_threads", TORCH_BOX(&set_cpu_threads));

@@ -58,7 +58,7 @@ class ThreadPool {
  public:
   // One caller at a time. `job` must not throw.
   template <class Job>
-  void run(int threads, Job&& job) {
+  void run(int threads, Job job) {
     while (static_cast<int>(workers_.size()) < threads - 1) add_worker();
     call_ = [](void* context, int thread, int n) { (*static_cast<Job*>(context))(thread, n); };
     context_ = &job;

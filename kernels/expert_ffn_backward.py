@@ -154,9 +154,9 @@ def _weight_grad_kernel(
         t = (offs_p // K).to(tl.int64)
         for h0 in range(0, H, BLOCK_H):
             offs_h = h0 + tl.arange(0, BLOCK_H)
-            mask = here[:, None] & (offs_h < H)[None, :]
-            bias = tl.load(bias_ptr[:, None] + offs_h[None, :], mask=mask, other=0.0)
-            dy = tl.load(dy_ptr + t[:, None] * H + offs_h[None, :], mask=mask, other=0.0)
+            mask_h = here[:, None] & (offs_h < H)[None, :]
+            bias = tl.load(bias_ptr[:, None] + offs_h[None, :], mask=mask_h, other=0.0)
+            dy = tl.load(dy_ptr + t[:, None] * H + offs_h[None, :], mask=mask_h, other=0.0)
             dw += tl.sum(bias.to(tl.float32) * dy.to(tl.float32), axis=1)
     tl.store(dw_ptr + offs_p, dw.to(dw_ptr.dtype.element_ty), mask=mask_p)
 

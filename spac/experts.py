@@ -33,7 +33,7 @@ class UnsupportedLayout(ValueError):
 
 def is_experts(module: nn.Module) -> bool:
     """True for a module that transformers dispatches through its experts interface."""
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+    return hasattr(module, "has_gate") and hasattr(module, "is_concatenated")
 
 
 def find_experts(model: nn.Module) -> list[tuple[str, Experts]]:

@@ -39,7 +39,9 @@ def build(tmp_path: Path, main: str, sources: list[Path], sanitizer: str) -> Pat
 def test_kernels_under_address_and_undefined_sanitizer(tmp_path):
     sources = sorted((ROOT / "csrc").glob("expert_ffn_*.cpp"))
     program = build(tmp_path, "sanitize_expert_ffn.cpp", sources, "address,undefined")
-    out = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    # GCC 13 misaligns AVX-512 temporaries in the frames of this check (GCC bug 110027).
+    env = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    out = subprocess.run([program], capture_output=True, text=True, timeout=120, env=env)
     assert out.returncode == 0 and " 0 failures" in out.stdout, out.stdout + out.stderr[-4000:]
 
 
