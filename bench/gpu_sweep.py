@@ -18,11 +18,11 @@ from spac.layout import ExpertLayout
 # By number of tokens: the tiles to try for gate-up, then for down with the best gate-up.
 TOKENS = (
     [Tile(16, n, k, w, s) for n, k, w, s in (
-        (16, 128, 4, 6), (16, 256, 4, 3), (16, 256, 4, 5), (32, 128, 4, 4), (32, 128, 4, 6),
-        (32, 256, 4, 3), (32, 256, 8, 3), (16, 512, 4, 2), (64, 128, 4, 3), (16, 256, 2, 4))],
+        (32, 256, 4, 2), (32, 64, 4, 6), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3),
+        (16, 256, 4, 3), (16, 128, 4, 4), (16, 128, 2, 4), (32, 128, 2, 4))],
     [Tile(16, n, k, w, s) for n, k, w, s in (
-        (16, 128, 4, 8), (16, 256, 4, 4), (16, 256, 4, 8), (16, 256, 2, 6), (16, 512, 4, 4),
-        (32, 128, 4, 6), (32, 256, 4, 4), (16, 128, 2, 10))],
+        (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 64, 4, 6), (64, 256, 4, 3),
+        (128, 64, 4, 4), (16, 256, 4, 3), (32, 128, 2, 4))],
 )  # fmt: skip
 FEW = (
     [Tile(m, n, k, w, s) for m, n, k, w, s in (
@@ -41,17 +41,25 @@ SOME = (
 )  # fmt: skip
 MANY = (
     [Tile(m, n, k, w, s) for m, n, k, w, s in (
-        (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4),
-        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 5))],
+        (128, 128, 64, 8, 4), (128, 128, 32, 8, 5), (128, 64, 64, 8, 4), (128, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))],
     [Tile(16, n, k, w, s) for n, k, w, s in (
-        (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3), (256, 64, 8, 4), (256, 32, 8, 6))],
+        (256, 64, 8, 4), (256, 32, 8, 6), (128, 64, 8, 4), (128, 64, 4, 4), (128, 32, 4, 6))],
 )  # fmt: skip
-CANDIDATES = {1: TOKENS, 8: TOKENS, 16: TOKENS, 32: FEW, 64: FEW, 256: SOME, 1024: SOME, 4096: MANY}
+CANDIDATES = {
+    1: TOKENS, 2: TOKENS, 4: TOKENS, 8: TOKENS, 16: TOKENS, 32: FEW, 256: SOME, 1024: SOME,
+    4096: MANY,
+}  # fmt: skip
 
 
 def _variants(tokens: int, best: FFNConfig, side: str) -> Iterator[FFNConfig]:
     gate_up, down = CANDIDATES[tokens]
-    if side == "gate_up":
+    if side == "launch":
+        yield replace(best, path="grouped")
+        if best.path == "tokens":
+            yield replace(best, pdl=False)
+            yield replace(best, prefetch=not best.prefetch)
+    elif side == "gate_up":
         yield from (replace(best, gate_up=tile) for tile in gate_up)
     else:
         rows = best.gate_up.block_m
@@ -75,7 +83,7 @@ def sweep(
         best = select_config(tokens, top_k, layout, device_of(params[0].device))
         best_time = default = measure(best)
         tried = 1
-        for side in ("gate_up", "down"):
+        for side in ("launch", "gate_up", "down"):
             for config in _variants(tokens, best, side):
                 # The down side keeps a third of the time of each number of tokens.
                 share = budget / len(CANDIDATES) / 3 if side == "gate_up" else 0.0
@@ -88,7 +96,8 @@ def sweep(
         report.results[f"sweep W={tokens}"] = results
         lines.append(
             f"sweep W={tokens:5d}: default {default * 1e6:7.1f} us, best {best_time * 1e6:7.1f} us "
-            f"with {_brief(best.gate_up)} {_brief(best.down)} ({tried} tried)"
+            f"with {best.path} pdl={best.pdl} prefetch={best.prefetch} "
+            f"{_brief(best.gate_up)} {_brief(best.down)} ({tried} tried)"
         )
         print(lines[-1], flush=True)
     return lines
@@ -100,7 +109,8 @@ def _measure(config: FFNConfig, p: Problem, results: dict[str, Any]) -> float:
     def call(r: int) -> Tensor:
         return expert_ffn(p.x[r], p.ids[r], p.weights[r], p.table, None, config)
 
-    key = f"{_brief(config.gate_up)} {_brief(config.down)}"
+    launch = f"{config.path}{' pdl' * config.pdl}{' prefetch' * config.prefetch}"
+    key = f"{launch} {_brief(config.gate_up)} {_brief(config.down)}"
     try:
         results[key] = graph_seconds(call, 0.05)
     except Exception as error:

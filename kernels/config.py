@@ -34,12 +34,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """path "tokens" takes at most 16 tokens, "grouped" any number; `outer` is for gradients."""
+    """path "tokens" takes at most 16 tokens, "grouped" any number; `outer` is for gradients.
+
+    `pdl`: the second launch of "tokens" starts while the first one ends (sm_90: programmatic
+    dependent launch).
+    """
 
     path: str
     gate_up: Tile
     down: Tile
     outer: Tile = Tile(64, 64, 32, 4, 3)  # of weight gradients: block_k counts rows
+    pdl: bool = False
+    prefetch: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def select_config(
         tile = big if path == "grouped" else small
         return FFNConfig(path, tile, tile, tile)
     if path == "tokens":
-        gate_up, down = Tile(16, 16, 256, 4, 4), Tile(16, 16, 256, 4, 6)
+        gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
     else:
         rows = tokens * top_k / layout.num_experts
         if rows <= 6:
@@ -103,4 +109,5 @@ def select_config(
         _fit(gate_up, 2, size, device.shared),
         _fit(down, 1, size, device.shared),
         _fit(Tile(128, 128, 64, 8, 3), 1, size, device.shared),
+        pdl=device.major >= 9,
     )

@@ -26,8 +26,9 @@ from spac.kernels.common import (
 )
 from spac.kernels.config import FFNConfig, Tile, device_of, select_config
 from spac.kernels.expert_ffn import save_hidden
-from spac.kernels.grouped import Plan, grouped_rows, plan_args, tile_rows
+from spac.kernels.grouped import grouped_rows
 from spac.kernels.grouped_grad import grouped_bias_grad, grouped_outer
+from spac.kernels.plan import Plan, plan_args, tile_rows
 from spac.kernels.sum_pairs import sum_pairs
 
 

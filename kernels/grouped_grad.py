@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spac.kernels.common import dot
 from spac.kernels.config import Tile
-from spac.kernels.grouped import Plan
+from spac.kernels.plan import Plan
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Splits a window's pairs by residency, groups them and updates the utility, in one launch.
 
-Every program reads all pairs and answers for its own 64 pairs and its own experts, so programs
+A program answers for a few pairs or for a few experts, and reads all pairs for it, so programs
 need nothing from each other: a pair's place in the order is the number of pairs before it.
 """
 
@@ -10,6 +10,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+BLOCK_P, BLOCK_E, NUM_WARPS = 8, 8, 4
+
+
+@triton.jit
+def _keys(ids_ptr, address_ptr, offs_q, num_pairs, E):
+    """Ids of some pairs (-1 beyond the end), and what the pairs are sorted by: resident ones by
+    expert, then the absent ones (E), then what is beyond the end (E + 1)."""
+    mask_q = offs_q < num_pairs
+    ids = tl.load(ids_ptr + offs_q, mask=mask_q, other=-1)
+    valid = (ids >= 0) & (ids < E)
+    here = valid & (tl.load(address_ptr + tl.where(valid, ids, 0)) != 0)
+    return ids, tl.where(here, ids.to(tl.int32), tl.where(mask_q, E, E + 1))
 
 
 @triton.jit
@@ -27,63 +40,58 @@ def _verify_kernel(
     max_utility,
     num_pairs,
     E,
+    blocks_p,
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid (max(blocks of pairs, blocks of experts),)."""
+    """Grid (blocks of pairs + blocks of the experts and their end,)."""
     pid = tl.program_id(0)
-    offs_p = pid * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask_p = offs_p < num_pairs
-    mine = tl.load(ids_ptr + offs_p, mask=mask_p, other=-1)
-    valid = (mine >= 0) & (mine < E)
-    here = valid & (tl.load(address_ptr + tl.where(valid, mine, 0)) != 0)
-    key = tl.where(here, mine.to(tl.int32), E)
-    offs_e = pid * BLOCK_E + tl.arange(0, BLOCK_E)
-    mask_e = offs_e < E
-    place = tl.zeros((BLOCK_P,), tl.int32)
-    n = tl.zeros((BLOCK_E,), tl.int32)
-    begin = tl.zeros((BLOCK_E,), tl.int32)
-    total = tl.zeros((CHUNK,), tl.int32)
-    for q0 in range(0, num_pairs, CHUNK):
-        offs_q = q0 + tl.arange(0, CHUNK)
-        mask_q = offs_q < num_pairs
-        ids = tl.load(ids_ptr + offs_q, mask=mask_q, other=-1)
-        valid_q = (ids >= 0) & (ids < E)
-        here_q = valid_q & (tl.load(address_ptr + tl.where(valid_q, ids, 0)) != 0)
-        # Pairs beyond the end sort behind everything, absent ones behind the resident ones.
-        key_q = tl.where(here_q, ids.to(tl.int32), tl.where(mask_q, E, E + 1))
-        before = (key_q[None, :] < key[:, None]) | (
-            (key_q[None, :] == key[:, None]) & (offs_q[None, :] < offs_p[:, None])
-        )
-        place += tl.sum(before.to(tl.int32), axis=1)
-        n += tl.sum((ids[None, :] == offs_e[:, None]).to(tl.int32), axis=1)
-        begin += tl.sum((key_q[None, :] < offs_e[:, None]).to(tl.int32), axis=1)
-        total += here_q.to(tl.int32)
-
-    minus = tl.full((BLOCK_P,), -1, tl.int32)
-    own = mine.to(tl.int32)
-    tl.store(resident_ptr + offs_p, tl.where(here, own, minus), mask=mask_p)
-    tl.store(cpu_ptr + offs_p, tl.where(valid & (here == 0), own, minus), mask=mask_p)
-    tl.store(order_ptr + place, tl.where(here, offs_p, minus), mask=mask_p)
-
-    tl.store(counts_ptr + offs_e, n, mask=mask_e)
-    tl.store(offsets_ptr + offs_e, begin, mask=mask_e)
-    if pid == 0:
-        tl.store(offsets_ptr + E, tl.sum(total, axis=0))
-    u = tl.load(utility_ptr + offs_e, mask=mask_e, other=0)
-    up = tl.load(bounds_ptr)
-    down = tl.load(bounds_ptr + 1)
-    u += (n - u >= up).to(tl.int32) - (u - n >= down).to(tl.int32)
-    u = tl.minimum(tl.maximum(u, 0), max_utility)
-    tl.store(utility_ptr + offs_e, u, mask=mask_e)
-
-    address = tl.load(address_ptr + offs_e, mask=mask_e, other=0)
-    used = (n > 0) & mask_e
-    tl.atomic_add(counters_ptr, tl.sum(valid.to(tl.int64), axis=0))
-    tl.atomic_add(counters_ptr + 1, tl.sum(here.to(tl.int64), axis=0))
-    tl.atomic_add(counters_ptr + 2, tl.sum(used.to(tl.int64), axis=0))
-    tl.atomic_add(counters_ptr + 3, tl.sum((used & (address != 0)).to(tl.int64), axis=0))
+    if pid < blocks_p:
+        offs_p = pid * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < num_pairs
+        mine = tl.load(ids_ptr + offs_p, mask=mask_p, other=-1)
+        valid = (mine >= 0) & (mine < E)
+        here = valid & (tl.load(address_ptr + tl.where(valid, mine, 0)) != 0)
+        key = tl.where(here, mine.to(tl.int32), E)
+        place = tl.zeros((BLOCK_P,), tl.int32)
+        for q0 in range(0, num_pairs, CHUNK):
+            offs_q = q0 + tl.arange(0, CHUNK)
+            ids_q, key_q = _keys(ids_ptr, address_ptr, offs_q, num_pairs, E)
+            before = (key_q[None, :] < key[:, None]) | (
+                (key_q[None, :] == key[:, None]) & (offs_q[None, :] < offs_p[:, None])
+            )
+            place += tl.sum(before.to(tl.int32), axis=1)
+        minus = tl.full((BLOCK_P,), -1, tl.int32)
+        own = mine.to(tl.int32)
+        tl.store(resident_ptr + offs_p, tl.where(here, own, minus), mask=mask_p)
+        tl.store(cpu_ptr + offs_p, tl.where(valid & (here == 0), own, minus), mask=mask_p)
+        tl.store(order_ptr + place, tl.where(here, offs_p, minus), mask=mask_p)
+    else:
+        offs_e = (pid - blocks_p) * BLOCK_E + tl.arange(0, BLOCK_E)
+        mask_e = offs_e < E
+        u = tl.load(utility_ptr + offs_e, mask=mask_e, other=0)
+        here_e = tl.load(address_ptr + offs_e, mask=mask_e, other=0) != 0
+        up = tl.load(bounds_ptr)
+        down = tl.load(bounds_ptr + 1)
+        n = tl.zeros((BLOCK_E,), tl.int32)
+        begin = tl.zeros((BLOCK_E,), tl.int32)
+        for q0 in range(0, num_pairs, CHUNK):
+            offs_q = q0 + tl.arange(0, CHUNK)
+            ids_q, key_q = _keys(ids_ptr, address_ptr, offs_q, num_pairs, E)
+            n += tl.sum((ids_q[None, :] == offs_e[:, None]).to(tl.int32), axis=1)
+            begin += tl.sum((key_q[None, :] < offs_e[:, None]).to(tl.int32), axis=1)
+        n = tl.where(mask_e, n, 0)
+        tl.store(offsets_ptr + offs_e, begin, mask=offs_e <= E)
+        tl.store(counts_ptr + offs_e, n, mask=mask_e)
+        u += (n - u >= up).to(tl.int32) - (u - n >= down).to(tl.int32)
+        u = tl.minimum(tl.maximum(u, 0), max_utility)
+        tl.store(utility_ptr + offs_e, u, mask=mask_e)
+        used = n > 0
+        tl.atomic_add(counters_ptr, tl.sum(n, axis=0).to(tl.int64))
+        tl.atomic_add(counters_ptr + 1, tl.sum(tl.where(here_e, n, 0), axis=0).to(tl.int64))
+        tl.atomic_add(counters_ptr + 2, tl.sum(used.to(tl.int32), axis=0).to(tl.int64))
+        tl.atomic_add(counters_ptr + 3, tl.sum((used & here_e).to(tl.int32), axis=0).to(tl.int64))
 
 
 def verify(
@@ -118,8 +126,8 @@ def verify(
     counts, order, offsets = (
         torch.empty(n, dtype=torch.int32, device=device) for n in (E, pairs, E + 1)
     )
-    block_p, block_e = 32, 32
-    _verify_kernel[(max(triton.cdiv(pairs, block_p), triton.cdiv(E, block_e)),)](
+    blocks_p = triton.cdiv(pairs, BLOCK_P)
+    _verify_kernel[(blocks_p + triton.cdiv(E + 1, BLOCK_E),)](
         ids,
         address,
         utility,
@@ -133,9 +141,10 @@ def verify(
         max_utility,
         num_pairs=pairs,
         E=E,
-        BLOCK_P=block_p,
-        BLOCK_E=block_e,
-        CHUNK=min(256, max(16, triton.next_power_of_2(pairs))),
-        num_warps=4,
+        blocks_p=blocks_p,
+        BLOCK_P=BLOCK_P,
+        BLOCK_E=BLOCK_E,
+        CHUNK=min(512, max(16, triton.next_power_of_2(pairs))),
+        num_warps=NUM_WARPS,
     )
     return resident_ids, cpu_ids, counts, order, offsets
