@@ -53,6 +53,11 @@ def card(metrics: dict) -> str:
         near these figures, not at them. The draft was distilled from the target, first on the
         training text, then on the target's own greedy and sampled continuations of training
         prompts. All settings and the scores over time are in metrics.json.""")
+    sampling = metrics["sampling"]
+    sample = _paragraph(f"""
+        Temperature {sampling["temperature"]}, top-p {sampling["top_p"]}, behind a held-out prompt
+        of 96 tokens (the first lines are the prompt). Greedy text of a model this small soon
+        repeats itself.""")
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -81,9 +86,9 @@ in the manner of the standard library; it knows nothing else, and much of what i
 {training}
 
 ## Sample
-Greedy, behind a held-out prompt of 96 tokens (the first lines are the prompt):
+{sample}
 ```python
-{metrics["samples"][0]}
+{metrics["samples"][2]}
 ```
 
 ## Licence

@@ -4,12 +4,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation import TopPLogitsWarper
 
 from spac.bench.demo_data import Stream
+
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 0}
 
 
 @contextmanager
@@ -60,23 +64,39 @@ def held_out_loss(
 
 
 def continuations(
-    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, temperature: float = 0.0
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
 ) -> torch.Tensor:
     """prompts [N, P] with the model's own next `new_tokens` behind: [N, P + new_tokens].
 
-    Greedy at temperature 0. Goes on behind an end of text, so that batches stay rectangular.
+    Greedy at temperature 0; sampling draws from torch's global random numbers, or by `seed`. Goes
+    on behind an end of text, so that batches stay rectangular.
     """
     sequence, step, cache = prompts, prompts, None
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(prompts.device).manual_seed(seed)
+    nucleus = TopPLogitsWarper(top_p)
     with evaluating(model):
         for _ in range(new_tokens):
             out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = out.past_key_values, out.logits[:, -1].float()
             if temperature > 0:
-                step = torch.multinomial((logits / temperature).softmax(-1), 1)
+                probs = nucleus(sequence, logits / temperature).softmax(-1)
+                step = torch.multinomial(probs, 1, generator=generator)
             else:
                 step = logits.argmax(-1, keepdim=True)
             sequence = torch.cat([sequence, step], dim=1)
     return sequence
+
+
+def sampled(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """`continuations` as the card shows them: greedy text of small models soon repeats itself."""
+    return continuations(model, prompts, new_tokens, **SAMPLING)
 
 
 def accepted_share(matches: torch.Tensor, gamma: int, new_tokens: int) -> float:
@@ -173,5 +193,9 @@ def measure(
             "max": round(load_shares.max().item(), 2),
             "min": round(load_shares.min().item(), 2),
         },
-        "samples": [tokenizer.decode(t, skip_special_tokens=True) for t in text[:8].tolist()],
+        "sampling": SAMPLING,
+        "samples": [
+            tokenizer.decode(t, skip_special_tokens=True)
+            for t in sampled(target, prompts[:8], new_tokens).tolist()
+        ],
     }

@@ -9,18 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-DEMO_PROMPT = '''"""A small stack machine."""
+DEMO_PROMPT = '''"""Find files and copy them."""
 
-import operator
+import os
+import shutil
+import sys
 
 
-class Stack:
-    """A last-in, first-out collection."""
-
-    def __init__(self):
-        self._items = []
-
-    def push(self, item):'''
+def find_files(path, pattern):
+    """Return the names of the files under path that match pattern."""'''
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,11 +75,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     parser.add_argument("--num-draft-tokens", default="auto", metavar="N|auto")
-    parser.add_argument("--sample", action="store_true", help="sample instead of greedy")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "--sample",
+        action=argparse.BooleanOptionalAction,
+        help="sample instead of greedy; --demo samples by itself, with temperature 0.8, top-p 0.95",
+    )
+    parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--seed", type=int, default=1, help="sampled text depends on it alone")
     parser.add_argument("--policy", default="spac", help="what decides residency (spac.config)")
 
 
@@ -126,12 +127,13 @@ class _Session:
         if ratio is not None:
             budget = bytes_for_ratio(self.model, ratio, settings, helper)
         attach(self.model, budget, draft=helper, **asdict(settings))
+        temperature, top_p = (0.8, 0.95) if args.demo else (1.0, 1.0)
         self.options = {
             "max_new_tokens": args.max_new_tokens,
-            "do_sample": args.sample,
-            "temperature": args.temperature,
+            "do_sample": args.demo if args.sample is None else args.sample,
+            "temperature": temperature if args.temperature is None else args.temperature,
             "top_k": args.top_k,
-            "top_p": args.top_p,
+            "top_p": top_p if args.top_p is None else args.top_p,
             "seed": args.seed,
         }
 

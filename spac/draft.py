@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-Warp = Callable[[Tensor, Tensor], Tensor]  # (input_ids [1, n], logits [n, V]) -> logits [n, V]
+from spac.sampling import Warp
 
 
 def forget(cache: DynamicCache, count: int) -> None:
@@ -27,7 +26,8 @@ class Draft(Protocol):
 
 
 class ModelDraft:
-    """A causal LM with the target's vocabulary; greedy, or sampling through `warp`."""
+    """A causal LM with the target's vocabulary: the best token by `warp`, or one that `generator`
+    draws from it."""
 
     def __init__(
         self,
@@ -57,10 +57,12 @@ class ModelDraft:
                 input_ids=new[None], past_key_values=self._cache, logits_to_keep=1, use_cache=True
             ).logits[0, -1:]
             self._seen = torch.cat([self._seen.to(device), new])
-            if self.warp is None:
+            if self.warp is not None:
+                logits = self.warp(self._seen[None], logits)
+            if self.generator is None:
                 new = logits.argmax(-1)
             else:
-                p = torch.softmax(self.warp(self._seen[None], logits).float(), dim=-1)
+                p = torch.softmax(logits.float(), dim=-1)
                 new = torch.multinomial(p[0], 1, generator=self.generator)
                 probs.append(p)
             drafted.append(new)

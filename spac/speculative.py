@@ -9,17 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
-from transformers.generation import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from spac import ops
 from spac.attachment import attachment
-from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft, Warp, forget
+from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft, forget
 from spac.draft_length import DraftLengthController
+from spac.sampling import Seeded, Warp, make_warp
 
 _PREFILL_CHUNK = 512
 _MAX_GAMMA = 16
@@ -78,17 +74,21 @@ def generate(
     "ngram" (prompt lookup) or None. num_draft_tokens: draft length gamma >= 0, or "auto", which
     chooses it, 0 included, by predicted speed. Greedy output is the target's own greedy choice,
     whatever the draft; with `do_sample` its distribution is the target's (temperature, top_k,
-    top_p; 0 and 1.0 switch the last two off). eos_token_id: default from the model's
-    generation_config. streamer: a transformers streamer. seed: of the sampling. With
+    top_p; 0 and 1.0 switch the last two off). seed: the sampled text depends on it alone, the same
+    for every draft and draft length (`spac.sampling.Seeded`, on one kind of device); without one,
+    the standard rule accepts a little more, on torch's global random numbers. eos_token_id:
+    default from the model's generation_config. streamer: a transformers streamer. With
     `return_result` the whole `GenerationResult` comes back; `spac.stats(model)` keeps it too for
     an attached model. Raises ValueError for a bad argument or a draft with another vocabulary.
     """
     _check_arguments(input_ids, num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
     device = model.device
-    generator = torch.Generator(device)
-    if seed is not None:
-        generator.manual_seed(seed)
-    warp = _warp(temperature, top_k, top_p) if do_sample else None
+    warp: Warp | None = make_warp(temperature, top_k, top_p) if do_sample else None
+    generator = None  # with one, acceptance is by the standard rule, else by the best score
+    if warp is not None and seed is None:
+        generator = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, ())))
+    elif warp is not None and seed is not None:
+        warp = Seeded(warp, seed, device)
     drafter = _drafter(model, draft, warp, generator)
     chooser = _GammaChooser(num_draft_tokens, isinstance(drafter, NoDraft))
     eos = _eos_ids(model, eos_token_id)
@@ -150,14 +150,16 @@ def _accept(
     probs: Tensor | None,
     warp: Warp | None,
     tokens: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """(accepted [], new ids [accepted + 1]) for the window's logits [W, V]."""
-    if warp is None:
+    if warp is not None:
+        logits = warp(tokens[None], logits)
+    if generator is None:
         outcome = ops.accept_greedy(logits, drafted)
     else:
         uniform = torch.rand(drafted.numel() + 1, device=logits.device, generator=generator)
-        outcome = ops.accept_sample(warp(tokens[None], logits), drafted, probs, uniform)
+        outcome = ops.accept_sample(logits, drafted, probs, uniform)
     return outcome[0], torch.cat([drafted[: int(outcome[0])], outcome[1:]])
 
 
@@ -211,7 +213,7 @@ def _drafter(
     model: PreTrainedModel,
     draft: PreTrainedModel | str | None,
     warp: Warp | None,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> Draft:
     if draft is None:
         return NoDraft()
@@ -219,23 +221,12 @@ def _drafter(
         return NgramDraft()
     if not isinstance(draft, nn.Module):
         raise ValueError(f'draft: expected a causal LM, "ngram" or None, got {draft!r}')
-    if generator.device != draft.device:
+    if model.device != draft.device:
         raise ValueError(
-            f"draft: it is on {draft.device}, the target on {generator.device}; "
+            f"draft: it is on {draft.device}, the target on {model.device}; "
             "pass it to spac.attach(..., draft=draft) or move it"
         )
     return ModelDraft(draft, model.config.get_text_config().vocab_size, warp, generator)
-
-
-def _warp(temperature: float, top_k: int, top_p: float) -> Warp:
-    warpers = LogitsProcessorList()
-    if temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(temperature))
-    if top_k > 0:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1.0:
-        warpers.append(TopPLogitsWarper(top_p))
-    return lambda input_ids, logits: warpers(input_ids, logits.float())
 
 
 def _eos_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> set[int]:

@@ -125,8 +125,9 @@ def test_streamer_gets_every_token_once(tiny_moe):
     assert keep.tokens == out[0].tolist() and keep.ended == 1
 
 
-def test_sampling_follows_the_target(tiny_moe):
-    """Token counts at one position, with and without a draft, by a chi-square test."""
+@pytest.mark.parametrize("seeded", [True, False], ids=["seeds", "standard rule"])
+def test_sampling_follows_the_target(tiny_moe, seeded):
+    """Token counts at one position, by a chi-square test."""
     model = tiny_moe(vocab_size=12, num_hidden_layers=1)
     draft = tiny_moe(vocab_size=12, seed=3, num_hidden_layers=1)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
@@ -141,8 +142,10 @@ def test_sampling_follows_the_target(tiny_moe):
             row = torch.where(row >= row.topk(6).values[-1], row, -torch.inf)
             second += first[token] * row.softmax(-1)
     counts = torch.zeros(12)
+    torch.manual_seed(0)
     for seed in range(draws):
-        out = spac.generate(model, prompt, draft=draft, num_draft_tokens=2, seed=seed, **options)
+        options["seed"] = seed if seeded else None
+        out = spac.generate(model, prompt, draft=draft, num_draft_tokens=2, **options)
         counts[out[0, 6]] += 1
     possible = second > 5 / draws
     other = ~possible
@@ -152,11 +155,21 @@ def test_sampling_follows_the_target(tiny_moe):
     assert statistic < 35, (observed, wanted)  # p < 0.001 for at most 12 classes
 
 
-def test_sampling_is_repeatable_with_a_seed(tiny_moe):
-    model = tiny_moe()
-    options = {"do_sample": True, "max_new_tokens": 20, "draft": "ngram", "num_draft_tokens": 3}
-    a, b, c = (spac.generate(model, PROMPT, seed=seed, **options) for seed in (5, 5, 6))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+def test_a_seed_decides_the_text_whatever_the_draft(tiny_moe):
+    model, other = tiny_moe(), tiny_moe(num_hidden_layers=1)
+    options = {"do_sample": True, "max_new_tokens": 20, "temperature": 1.5, "top_p": 0.9}
+    whole = {"return_result": True} | options
+    plain, another = (spac.generate(model, PROMPT, seed=seed, **options) for seed in (5, 6))
+    assert not torch.equal(plain, another)
+    for draft, gamma in itertools.product(("ngram", other, model), (1, 4, "auto")):
+        r = spac.generate(model, PROMPT, draft=draft, num_draft_tokens=gamma, seed=5, **whole)
+        assert torch.equal(r.sequences, plain), (draft, gamma)
+    assert r.acceptance == 1.0  # the target as its own draft sees the same noise
+    torch.manual_seed(3)
+    a, b = (spac.generate(model, PROMPT, draft=other, **options) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(a, spac.generate(model, PROMPT, draft=other, **options))
+    assert not torch.equal(a, b)
 
 
 def test_model_draft_forgets_rejected_tokens(tiny_moe):
