@@ -56,9 +56,6 @@ def _variants(tokens: int, best: FFNConfig, side: str) -> Iterator[FFNConfig]:
     gate_up, down = CANDIDATES[tokens]
     if side == "launch":
         yield replace(best, path="grouped")
-        if best.path == "tokens":
-            yield replace(best, pdl=False)
-            yield replace(best, prefetch=not best.prefetch)
     elif side == "gate_up":
         yield from (replace(best, gate_up=tile) for tile in gate_up)
     else:
@@ -96,8 +93,7 @@ def sweep(
         report.results[f"sweep W={tokens}"] = results
         lines.append(
             f"sweep W={tokens:5d}: default {default * 1e6:7.1f} us, best {best_time * 1e6:7.1f} us "
-            f"with {best.path} pdl={best.pdl} prefetch={best.prefetch} "
-            f"{_brief(best.gate_up)} {_brief(best.down)} ({tried} tried)"
+            f"with {best.path} {_brief(best.gate_up)} {_brief(best.down)} ({tried} tried)"
         )
         print(lines[-1], flush=True)
     return lines
@@ -109,8 +105,7 @@ def _measure(config: FFNConfig, p: Problem, results: dict[str, Any]) -> float:
     def call(r: int) -> Tensor:
         return expert_ffn(p.x[r], p.ids[r], p.weights[r], p.table, None, config)
 
-    launch = f"{config.path}{' pdl' * config.pdl}{' prefetch' * config.prefetch}"
-    key = f"{launch} {_brief(config.gate_up)} {_brief(config.down)}"
+    key = f"{config.path} {_brief(config.gate_up)} {_brief(config.down)}"
     try:
         results[key] = graph_seconds(call, 0.05)
     except Exception as error:

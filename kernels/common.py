@@ -82,22 +82,19 @@ def matmul_tile(
     stride_am,
     mask_m,
     w_ptr,
-    stride_wn,
+    offs_w,
+    mask_n,
     stride_wk,
-    n0,
-    N,
     K,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """fp32 [BLOCK_M, BLOCK_N] = a[rows] @ w[n0:n0 + BLOCK_N].T, with w [N, K]."""
+    """fp32 [BLOCK_M, BLOCK_N] = a[rows] @ w.T over K; `offs_w` [BLOCK_N]: where w's rows begin."""
     offs_k = tl.arange(0, BLOCK_K)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
     a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :]
-    w_ptrs = w_ptr + offs_n[None, :].to(tl.int64) * stride_wn + offs_k[:, None] * stride_wk
+    w_ptrs = w_ptr + offs_w[None, :] + offs_k[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -138,55 +135,41 @@ def gate_up_tile(
 ):
     """gate and up, fp32 [BLOCK_M, BLOCK_N] each, of x[rows] for intermediate units n0...
 
-    Interleaved rows are read as one block of 2 * BLOCK_N and split afterwards, so that a
-    transposed interleaved layout (GPT-OSS) still reads whole lines.
+    One product of 2 * BLOCK_N columns. Interleaved rows stay in stored order, so that a transposed
+    interleaved layout (GPT-OSS) reads whole lines; else the gate rows come first.
     """
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < inter
+    column = tl.arange(0, 2 * BLOCK_N)
     if INTERLEAVED:
-        both = matmul_tile(
-            x_ptr,
-            rows,
-            stride_xm,
-            mask_m,
-            w_ptr,
-            up_offset,
-            gate_k_stride,
-            2 * n0,
-            2 * inter,
-            H,
-            BLOCK_M,
-            2 * BLOCK_N,
-            BLOCK_K,
-            EVEN_K,
-        )
+        offs_w = (2 * n0 + column).to(tl.int64) * up_offset
+        mask_w = 2 * n0 + column < 2 * inter
+    else:
+        is_up = column >= BLOCK_N
+        unit = n0 + tl.where(is_up, column - BLOCK_N, column)
+        offs_w = unit.to(tl.int64) * gate_stride + tl.where(is_up, up_offset, 0)
+        mask_w = unit < inter
+    both = matmul_tile(
+        x_ptr,
+        rows,
+        stride_xm,
+        mask_m,
+        w_ptr,
+        offs_w,
+        mask_w,
+        gate_k_stride,
+        H,
+        BLOCK_M,
+        2 * BLOCK_N,
+        BLOCK_K,
+        EVEN_K,
+    )
+    if INTERLEAVED:
         gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
     else:
-        offs_k = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
-        gate_ptrs = w_ptr + offs_n[None, :].to(tl.int64) * gate_stride
-        gate_ptrs += offs_k[:, None] * gate_k_stride
-        up_ptrs = gate_ptrs + up_offset
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, H, BLOCK_K):
-            if EVEN_K:
-                x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
-                w_gate = tl.load(gate_ptrs, mask=mask_n[None, :], other=0.0)
-                w_up = tl.load(up_ptrs, mask=mask_n[None, :], other=0.0)
-            else:
-                mask_k = offs_k < H - k0
-                mask_w = mask_k[:, None] & mask_n[None, :]
-                x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-                w_gate = tl.load(gate_ptrs, mask=mask_w, other=0.0)
-                w_up = tl.load(up_ptrs, mask=mask_w, other=0.0)
-            gate = dot(x, w_gate, gate)
-            up = dot(x, w_up, up)
-            x_ptrs += BLOCK_K
-            gate_ptrs += BLOCK_K * gate_k_stride
-            up_ptrs += BLOCK_K * gate_k_stride
+        gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     if BIAS:
+        offs_n = n0 + tl.arange(0, BLOCK_N)
         bias_ptrs = bias_ptr + offs_n * bias_stride
+        mask_n = offs_n < inter
         gate += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptrs + bias_up_offset, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     return gate, up

@@ -34,18 +34,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """path "tokens" takes at most 16 tokens, "grouped" any number; `outer` is for gradients.
-
-    `pdl`: the second launch of "tokens" starts while the first one ends (sm_90: programmatic
-    dependent launch).
-    """
+    """path "tokens" takes at most 16 tokens, "grouped" any number; `outer` is for gradients."""
 
     path: str
     gate_up: Tile
     down: Tile
     outer: Tile = Tile(64, 64, 32, 4, 3)  # of weight gradients: block_k counts rows
-    pdl: bool = False
-    prefetch: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,5 +103,4 @@ def select_config(
         _fit(gate_up, 2, size, device.shared),
         _fit(down, 1, size, device.shared),
         _fit(Tile(128, 128, 64, 8, 3), 1, size, device.shared),
-        pdl=device.major >= 9,
     )

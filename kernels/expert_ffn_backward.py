@@ -76,6 +76,7 @@ def _hidden_grad_kernel(
     if e < 0:
         return
     address = tl.load(address_ptr + e) + w_offset + e.to(tl.int64) * w_skew
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # down is [H, inter]: here inter is the column and H the depth.
     g = matmul_tile(
         dy_ptr,
@@ -83,17 +84,15 @@ def _hidden_grad_kernel(
         H,
         mask_m,
         weight_pointer(address, dy_ptr, ALIGN),
-        stride_wk,
+        offs_n.to(tl.int64) * stride_wk,
+        offs_n < inter,
         stride_wn,
-        block * BLOCK_N,
-        inter,
         H,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         EVEN_K,
     )
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = mask_m[:, None] & (offs_n < inter)[None, :]
     columns = rows[:, None] * (2 * inter) + (offs_n * (2 if INTERLEAVED else 1))[None, :]
     up_columns = columns + (1 if INTERLEAVED else inter)

@@ -190,24 +190,23 @@ def _matmul_rows(
     )
     address = tl.load(address_ptr + e)
     wide = e.to(tl.int64)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
     out = matmul_tile(
         a_ptr,
         rows,
         depth,
         mask_m,
         weight_pointer(address + w_offset + wide * w_skew, a_ptr, ALIGN),
-        stride_wn,
+        offs_n.to(tl.int64) * stride_wn,
+        mask_n,
         stride_wk,
-        n0,
-        N,
         depth,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         EVEN_K,
     )
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
     if BIAS:
         bias_ptr = weight_pointer(address + bias_offset + wide * bias_skew, a_ptr, 1)
         out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from spac.kernels.common import (
-    INTERPRET,
     activate,
     down_args,
     gate_up_args,
@@ -96,15 +95,12 @@ def _gate_up_tokens_kernel(
     BY_PAIR: tl.constexpr,
     CHOICES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """h[pair] = act(gate_e x_t) * up_e x_t. Grid (pairs or experts, blocks of I)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         offs_c = tl.arange(0, COLUMNS)
         tl.store(arrived_ptr + offs_c, tl.zeros((COLUMNS,), tl.int32), mask=offs_c < columns)
@@ -170,20 +166,6 @@ def _sum_tokens(
     return total
 
 
-@triton.jit
-def _prefetch(addresses, size):
-    """Asks for `size` bytes (a multiple of 16) behind each address to be brought to L2."""
-    size = tl.full(addresses.shape, 0, tl.int32) + size
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [addresses, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(do_not_specialize=["T"])
 def _down_tokens_kernel(
     h_ptr,
@@ -208,9 +190,6 @@ def _down_tokens_kernel(
     ALIGN: tl.constexpr,
     BY_PAIR: tl.constexpr,
     CHOICES: tl.constexpr,
-    PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    ITEMSIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -223,13 +202,6 @@ def _down_tokens_kernel(
     mask_n = offs_n < H
     ids, pair = _load_ids(ids_ptr, T, K, BLOCK_M, CHOICES)
     e, address, row = _my_expert(ids_ptr, ids, pair, address_ptr, E, BY_PAIR, BLOCK_M, CHOICES)
-    if PDL:
-        if PREFETCH:
-            if address != 0:
-                rows = address + w_offset + e.to(tl.int64) * w_skew
-                rows += tl.minimum(offs_n, H - 1).to(tl.int64) * stride_wn * ITEMSIZE
-                _prefetch(rows, inter * ITEMSIZE)
-        tl.extra.cuda.gdc_wait()
     if address != 0:
         mask_t = row >= 0
         w = tl.load(weights_ptr + pair, mask=ids == e, other=0.0).to(tl.float32)
@@ -240,10 +212,9 @@ def _down_tokens_kernel(
             inter,
             mask_t,
             weight_pointer(address + w_offset + wide * w_skew, h_ptr, ALIGN),
-            stride_wn,
+            offs_n.to(tl.int64) * stride_wn,
+            mask_n,
             stride_wk,
-            n0,
-            H,
             inter,
             BLOCK_M,
             BLOCK_N,
@@ -287,7 +258,6 @@ def expert_ffn_tokens(
         "inter": inter,
         "BY_PAIR": by_pair,
         "CHOICES": triton.next_power_of_2(K),
-        "PDL": config.pdl and not INTERPRET,
     }
     _gate_up_tokens_kernel[(programs, triton.cdiv(inter, gate_up.block_n))](
         x,
@@ -309,11 +279,8 @@ def expert_ffn_tokens(
         out,
         arrived,
         y,
-        PREFETCH=config.prefetch and table.down_k_stride == 1 and inter * x.itemsize % 16 == 0,
-        ITEMSIZE=x.itemsize,
         EVEN_K=inter % down.block_k == 0,
         **common,
         **down_args(table),
         **down.launch(),
-        **({"launch_pdl": True} if common["PDL"] else {}),
     )
