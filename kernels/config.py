@@ -90,11 +90,11 @@ def select_config(
         if rows <= 6:
             gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
         elif rows <= 24:
-            gate_up, down = Tile(32, 32, 128, 4, 4), Tile(32, 64, 128, 4, 4)
+            gate_up, down = Tile(32, 64, 128, 4, 3), Tile(32, 64, 128, 4, 3)
         elif rows <= 96:
             gate_up, down = Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)
         elif device.major >= 9:
-            gate_up, down = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
+            gate_up, down = Tile(128, 128, 64, 8, 3), Tile(128, 256, 32, 8, 6)
         else:  # mma.sync keeps both operands in registers: larger tiles spill
             gate_up, down = Tile(128, 64, 32, 8, 4), Tile(128, 128, 32, 8, 4)
     size = layout.dtype.itemsize

@@ -140,7 +140,7 @@ class ExpertTable:
         row, col = (2, 1) if layout.transposed else (1, 2)
         size = layout.dtype.itemsize
         base, skew = gate_up.data_ptr(), gate_up.stride(0) * size
-        experts = torch.arange(layout.num_experts, device=gate_up.device)
+        end = base + skew * layout.num_experts
         bias = {}
         if gate_up_bias is not None and down_bias is not None:
             bias = {
@@ -152,7 +152,7 @@ class ExpertTable:
         step = gate_up.stride(row)
         return ExpertTable(
             layout=layout,
-            address=base + skew * experts,
+            address=torch.arange(base, end, skew, device=gate_up.device),
             gate_stride=2 * step if layout.interleaved else step,
             gate_k_stride=gate_up.stride(col),
             up_offset=step if layout.interleaved else layout.intermediate * step,
