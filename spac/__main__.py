@@ -29,6 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         print(f"spac: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        if type(error).__name__ != "OutOfMemoryError" and not text.startswith("spac: "):
+            raise  # a defect: its traceback is wanted
+        print(f"spac: {text.removeprefix('spac: ')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("spac: interrupted", file=sys.stderr)
         return 130

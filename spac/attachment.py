@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +50,17 @@ class Attachment:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     draft: tuple[PreTrainedModel, torch.device] | None = None
     last_generation: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def in_use(self, what: str) -> Iterator[None]:
+        """Whoever generates or detaches has the model for itself; RuntimeError for others."""
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError(f"spac: {what}: this model is generating; wait for it or stop it")
+        try:
+            yield
+        finally:
+            self.lock.release()
 
 
 def attachment(model: PreTrainedModel) -> Attachment | None:
@@ -105,13 +119,13 @@ def attach(
         costs = _measured(layouts[0], target)
         state.engine = Engine(store, budget.slots, router_top_k(model), target, config, costs)
         _move_dense(model, {n: target for n in state.devices}, expert_ids)
+        if draft is not None:
+            state.draft = (draft, next(draft.parameters()).device)
+            draft.to(target)
     except BaseException:
-        _give_weights_back(model, store, state)
+        _undo(model, store, state)
         raise
     model.requires_grad_(False)
-    if draft is not None:
-        state.draft = (draft, next(draft.parameters()).device)
-        draft.to(target)
     for index, (_, module) in enumerate(experts):
         module.__dict__["_spac_binding"] = Binding(state.engine, index)
     model.__dict__["_spac_attachment"] = state
@@ -125,31 +139,41 @@ def _measured(layout: ExpertLayout, device: torch.device) -> CostModel:
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `attach`: weights, devices, gradients and experts implementation as they were."""
+    """Undo `attach`: weights, devices, gradients and experts implementation as they were.
+
+    Raises ValueError if the model is not attached, RuntimeError while it generates.
+    """
     state = attachment(model)
     if state is None:
         raise ValueError("detach: this model is not attached")
+    with state.in_use("detach"):
+        return _detach(model, state)
+
+
+def _detach(model: PreTrainedModel, state: Attachment) -> PreTrainedModel:
     for _, module in find_experts(model):
         module.__dict__.pop("_spac_binding", None)
     del model.__dict__["_spac_attachment"]
     model.set_experts_implementation(state.implementation)
     if state.engine is not None:
-        state.engine.close()
-        _give_weights_back(model, state.engine.store, state)
+        _undo(model, state.engine.store, state)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.requires_grad[name])
-        if state.draft is not None:
-            draft, device = state.draft
-            draft.to(device)
     return model
 
 
-def _give_weights_back(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
+def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
+    """Stop the engine and give the weights back, as far as attach had come."""
+    if state.engine is not None:
+        state.engine.close()
     experts = find_experts(model)
     adopted = [(name, expert_parameters(module)) for name, module in experts[: len(store.blobs)]]
     for layer, (name, parameters) in enumerate(adopted):
         store.restore(layer, parameters, state.devices[f"{name}.gate_up_proj"])
     _move_dense(model, state.devices, set())
+    if state.draft is not None:
+        draft, device = state.draft
+        draft.to(device)
     store.close()
 
 

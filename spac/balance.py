@@ -233,6 +233,8 @@ class Balancer:
             programme = self._programme(problem.gpu.shape)
             start = time.perf_counter()
             found = self._solve(programme, problem, start)
+            if found is not None and not problem.feasible(found[0]):
+                raise ValueError(f"the solver's plan breaks a constraint ({found[1]})")
         except Exception as e:  # a solver may raise anything; decoding goes on with the last plan
             self.failed += 1
             self.error = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"

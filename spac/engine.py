@@ -10,6 +10,7 @@ memory and both sides run on the CPU, one after the other.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -63,11 +64,16 @@ class Engine:
         self.cpu_seconds = 0.0
         self._before: Tensor | None = None  # utility at the start of the window, for settle
         self._window_ids: list[Tensor] = []
-        self._staging = (
-            _Staging(config.max_window, layouts[0].hidden, top_k) if self._cuda else None
-        )
+        self._staging: _Staging | None = None
         self._forwarding = threading.Lock()
-        self.copier.fill()
+        self._process = os.getpid()
+        try:
+            if self._cuda:
+                self._staging = _Staging(config.max_window, layouts[0].hidden, top_k)
+            self.copier.fill()
+        except BaseException:
+            self.control.close()
+            raise
         if config.policy != "static":
             self.copier.start()
 
@@ -78,6 +84,11 @@ class Engine:
     @torch.no_grad()
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The experts of one layer: hidden [T, H], ids and weights [T, k]; returns [T, H]."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "spac: this model was attached before a fork, and its threads are in the other "
+                "process; call spac.detach(model) here, then attach again"
+            )
         if not self._forwarding.acquire(blocking=False):
             raise RuntimeError("spac: this model is already running a forward in another thread")
         try:
@@ -132,7 +143,9 @@ class Engine:
 
     def _begin_window(self) -> None:
         if self.copier.error is not None:
-            raise RuntimeError(f"spac: the copy thread stopped: {self.copier.error}")
+            raise RuntimeError(
+                f"spac: the copy thread stopped: {self.copier.error}"
+            ) from self.copier.error
         self.windows += 1
         bounds = self.control.bounds
         if bounds is not self._bounds_shown:
@@ -163,6 +176,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads; no forward may be running. The store keeps the weights."""
+        if os.getpid() != self._process:
+            return  # after a fork: the threads, and a GPU's context, belong to the other process
         self.copier.close()
         self.control.close()
         if self._cuda:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft, forget
 from spac.draft_length import DraftLengthController
 from spac.sampling import Seeded, Warp, make_warp
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _PREFILL_CHUNK = 512
 _MAX_GAMMA = 16
 
@@ -51,6 +55,19 @@ class GenerationResult:
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
+def _exclusive(function: Callable[P, R]) -> Callable[P, R]:
+    """One generation at a time on an attached model, and no detach meanwhile."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        state = attachment(args[0] if args else kwargs["model"])  # type: ignore[arg-type]
+        with nullcontext() if state is None else state.in_use("generate"):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+@_exclusive
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -79,7 +96,8 @@ def generate(
     the standard rule accepts a little more, on torch's global random numbers. eos_token_id:
     default from the model's generation_config. streamer: a transformers streamer. With
     `return_result` the whole `GenerationResult` comes back; `spac.stats(model)` keeps it too for
-    an attached model. Raises ValueError for a bad argument or a draft with another vocabulary.
+    an attached model. Raises ValueError for a bad argument or a draft with another vocabulary,
+    RuntimeError if the model is generating already.
     """
     _check_arguments(input_ids, num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
     device = model.device

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from spac.__main__ import main
 from spac.loading import from_pretrained
 from spac.status import stats
+from spac.testing import fault
 from spac.trace import load_trace
 
 PROMPT = ["--prompt", "t1 t2 t3 t1 t2"]
@@ -146,3 +147,24 @@ def test_a_model_without_experts(tokenizer, tmp_path, capsys):
 def test_a_prompt_is_needed(checkpoint, capsys):
     code, _, err = run(capsys, "generate", "--model", checkpoint)
     assert code == 2 and "--prompt or --prompt-file" in err
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore"), 2, "spac: CUDA out of memory."),
+        (KeyboardInterrupt(), 130, "spac: interrupted"),
+    ],
+    ids=["memory", "Ctrl-C"],
+)
+def test_what_stops_a_generation_is_one_line(checkpoint, capsys, error, code, message):
+    with fault("layer", fail=error, after=9):
+        got, _, err = run(
+            capsys, "generate", "--model", checkpoint, *PROMPT, "--cache-ratio", 0.3
+        )  # fmt: skip
+    assert (got, err.strip()) == (code, message)
+
+
+def test_a_defect_keeps_its_traceback(checkpoint):
+    with fault("layer", fail=RuntimeError("a defect")), pytest.raises(RuntimeError, match="defect"):
+        main(["generate", "--model", str(checkpoint), *PROMPT, "--cache-ratio", "0.3"])
