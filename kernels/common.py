@@ -90,11 +90,20 @@ def matmul_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    copy_ptr=None,
+    copying=False,
+    COPY: tl.constexpr = False,
 ):
-    """fp32 [BLOCK_M, BLOCK_N] = a[rows] @ w.T over K; `offs_w` [BLOCK_N]: where w's rows begin."""
+    """fp32 [BLOCK_M, BLOCK_N] = a[rows] @ w.T over K; `offs_w` [BLOCK_N]: where w's rows begin.
+
+    With COPY and if `copying`, what is read of w is stored behind `copy_ptr` as well.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :]
     w_ptrs = w_ptr + offs_w[None, :] + offs_k[:, None] * stride_wk
+    if COPY:
+        copy_ptrs = copy_ptr + offs_w[None, :] + offs_k[:, None] * stride_wk
+        copy_end = tl.where(copying, K, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -105,6 +114,9 @@ def matmul_tile(
             a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(a, w, acc)
+        if COPY:
+            tl.store(copy_ptrs, w, mask=mask_n[None, :] & (offs_k < copy_end - k0)[:, None])
+            copy_ptrs += BLOCK_K * stride_wk
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
     return acc
@@ -132,6 +144,10 @@ def gate_up_tile(
     EVEN_K: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BIAS: tl.constexpr,
+    copy_ptr=None,
+    bias_copy_ptr=None,
+    copying=False,
+    COPY: tl.constexpr = False,
 ):
     """gate and up, fp32 [BLOCK_M, BLOCK_N] each, of x[rows] for intermediate units n0...
 
@@ -161,6 +177,9 @@ def gate_up_tile(
         2 * BLOCK_N,
         BLOCK_K,
         EVEN_K,
+        copy_ptr,
+        copying,
+        COPY,
     )
     if INTERLEAVED:
         gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
@@ -168,10 +187,16 @@ def gate_up_tile(
         gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
     if BIAS:
         offs_n = n0 + tl.arange(0, BLOCK_N)
-        bias_ptrs = bias_ptr + offs_n * bias_stride
+        offs_b = offs_n * bias_stride
         mask_n = offs_n < inter
-        gate += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias_ptrs + bias_up_offset, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        gate_bias = tl.load(bias_ptr + offs_b, mask=mask_n, other=0.0)
+        up_bias = tl.load(bias_ptr + offs_b + bias_up_offset, mask=mask_n, other=0.0)
+        gate += gate_bias.to(tl.float32)[None, :]
+        up += up_bias.to(tl.float32)[None, :]
+        if COPY:
+            mask_copy = offs_n < tl.where(copying, inter, 0)
+            tl.store(bias_copy_ptr + offs_b, gate_bias, mask=mask_copy)
+            tl.store(bias_copy_ptr + offs_b + bias_up_offset, up_bias, mask=mask_copy)
     return gate, up
 
 
@@ -210,6 +235,12 @@ def down_args(table: Any) -> dict[str, Any]:
     }
 
 
+def copy_args(table: Any) -> dict[str, Any]:
+    """Keyword arguments of the kernels that can store the weights that they read elsewhere."""
+    copy = table.copy_to is not None
+    return {"copy_to_ptr": table.copy_to if copy else table.address, "COPY": copy}
+
+
 def check_pairs(x: Tensor, ids: Tensor, weights: Tensor, table: Any) -> None:
     """Raise ValueError unless the arguments of an expert FFN fit each other and the table."""
     layout = table.layout
@@ -226,6 +257,13 @@ def check_pairs(x: Tensor, ids: Tensor, weights: Tensor, table: Any) -> None:
         raise ValueError(
             f"table.address: expected int64 [{layout.num_experts}], "
             f"got {table.address.dtype} {list(table.address.shape)}"
+        )
+    if table.copy_to is not None and (
+        table.copy_to.dtype != torch.int64 or table.copy_to.numel() != layout.num_experts
+    ):
+        raise ValueError(
+            f"table.copy_to: expected int64 [{layout.num_experts}], "
+            f"got {table.copy_to.dtype} {list(table.copy_to.shape)}"
         )
     if layout.interleaved and table.gate_stride != 2 * table.up_offset:
         raise ValueError(

@@ -9,6 +9,7 @@ With row r the pair (t, e) of routing weight w, a = act(pre), out = down_e a + b
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,6 +178,8 @@ def _stored_rows_args(table: Any) -> dict[str, Any]:
         "stride_wk": row,
         "BIAS": False,
         "ALIGN": table.align,
+        "copy_to_ptr": table.address,
+        "COPY": False,
     }
 
 
@@ -215,7 +218,9 @@ def expert_ffn_backward(
                 g.zero_()
         return dx, dweights, d_gate_up, d_down, biases[0], biases[1]
     plan, pre = saved or save_hidden(x, ids, table, config)
-    d_pre, wa = _hidden_grad(dy, ids, weights, table, plan, pre, config.gate_up, dweights)
+    d_pre, wa = _hidden_grad(
+        dy, ids, weights, table, plan, pre, _hidden_tile(config.gate_up), dweights
+    )
 
     out = x.new_empty(T * K, H)
     grouped_rows(d_pre, None, plan, _stored_rows_args(table), config.down, out)
@@ -230,6 +235,11 @@ def expert_ffn_backward(
     if biases[1] is not None:
         grouped_bias_grad(dy, weights, plan, biases[1])
     return dx, dweights, d_gate_up, d_down, biases[0], biases[1]
+
+
+def _hidden_tile(tile: Tile) -> Tile:
+    """Two results and three inputs of the epilogue beside the accumulator: wider tiles spill."""
+    return replace(tile, block_n=min(tile.block_n, 64))
 
 
 def _hidden_grad(

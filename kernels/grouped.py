@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spac.kernels.common import (
     activate,
+    copy_args,
     down_args,
     gate_up_args,
     gate_up_tile,
@@ -17,7 +18,7 @@ from spac.kernels.common import (
     weight_pointer,
 )
 from spac.kernels.config import Tile
-from spac.kernels.plan import Plan, plan_args, rows_in_tile, tile_rows
+from spac.kernels.plan import Plan, plan_args, rows_in_tile, tile_copies_to, tile_rows
 
 SMALL_PART = 4
 
@@ -35,6 +36,7 @@ def _gate_up_rows(
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
+    copy_to_ptr,
     gate_stride,
     gate_k_stride,
     up_offset,
@@ -51,6 +53,7 @@ def _gate_up_rows(
     INTERLEAVED: tl.constexpr,
     BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
+    COPY: tl.constexpr,
     SAVE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,13 +64,15 @@ def _gate_up_rows(
         order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
     )
     address = tl.load(address_ptr + e)
+    bias_at = bias_offset + e.to(tl.int64) * bias_skew
+    copy_to = tile_copies_to(copy_to_ptr, offsets_ptr, tile_row_ptr, tile, e, address, COPY)
     gate, up = gate_up_tile(
         x_ptr,
         pairs // K,
         stride_xt,
         mask_m,
         weight_pointer(address, x_ptr, ALIGN),
-        weight_pointer(address + bias_offset + e.to(tl.int64) * bias_skew, x_ptr, 1),
+        weight_pointer(address + bias_at, x_ptr, 1),
         gate_stride,
         gate_k_stride,
         up_offset,
@@ -82,6 +87,10 @@ def _gate_up_rows(
         EVEN_K,
         INTERLEAVED,
         BIAS,
+        weight_pointer(copy_to, x_ptr, ALIGN),
+        weight_pointer(copy_to + bias_at, x_ptr, 1),
+        copy_to != 0,
+        COPY,
     )
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = mask_m[:, None] & (offs_n < inter)[None, :]
@@ -107,6 +116,7 @@ def _gate_up_grouped_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
+    copy_to_ptr,
     gate_stride,
     gate_k_stride,
     up_offset,
@@ -124,6 +134,7 @@ def _gate_up_grouped_kernel(
     INTERLEAVED: tl.constexpr,
     BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
+    COPY: tl.constexpr,
     SAVE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,16 +155,16 @@ def _gate_up_grouped_kernel(
     if used <= SMALL_M:
         _gate_up_rows(
             tile, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
-            tile_row_ptr, address_ptr, gate_stride, gate_k_stride, up_offset, bias_offset,
-            bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter, ACTIVATION,
-            INTERLEAVED, BIAS, ALIGN, SAVE, EVEN_K, SMALL_M, BLOCK_N, BLOCK_K,
+            tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
+            bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
+            ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, SMALL_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _gate_up_rows(
             tile, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
-            tile_row_ptr, address_ptr, gate_stride, gate_k_stride, up_offset, bias_offset,
-            bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter, ACTIVATION,
-            INTERLEAVED, BIAS, ALIGN, SAVE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
+            bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
+            ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -169,6 +180,7 @@ def _matmul_rows(
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
+    copy_to_ptr,
     w_offset,
     w_skew,
     stride_wn,
@@ -180,6 +192,7 @@ def _matmul_rows(
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ALIGN: tl.constexpr,
+    COPY: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,7 +202,9 @@ def _matmul_rows(
         order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
     )
     address = tl.load(address_ptr + e)
-    wide = e.to(tl.int64)
+    w_at = w_offset + e.to(tl.int64) * w_skew
+    bias_at = bias_offset + e.to(tl.int64) * bias_skew
+    copy_to = tile_copies_to(copy_to_ptr, offsets_ptr, tile_row_ptr, tile, e, address, COPY)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     out = matmul_tile(
@@ -197,7 +212,7 @@ def _matmul_rows(
         rows,
         depth,
         mask_m,
-        weight_pointer(address + w_offset + wide * w_skew, a_ptr, ALIGN),
+        weight_pointer(address + w_at, a_ptr, ALIGN),
         offs_n.to(tl.int64) * stride_wn,
         mask_n,
         stride_wk,
@@ -206,10 +221,17 @@ def _matmul_rows(
         BLOCK_N,
         BLOCK_K,
         EVEN_K,
+        weight_pointer(copy_to + w_at, a_ptr, ALIGN),
+        copy_to != 0,
+        COPY,
     )
     if BIAS:
-        bias_ptr = weight_pointer(address + bias_offset + wide * bias_skew, a_ptr, 1)
-        out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        bias_ptr = weight_pointer(address + bias_at, a_ptr, 1)
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
+        out += bias.to(tl.float32)[None, :]
+        if COPY:
+            bias_ptr = weight_pointer(copy_to + bias_at, a_ptr, 1)
+            tl.store(bias_ptr + offs_n, bias, mask=offs_n < tl.where(copy_to != 0, N, 0))
     if WEIGHTED:
         weight = tl.load(weights_ptr + pairs, mask=mask_m, other=0.0).to(tl.float32)
         out = weight[:, None] * out
@@ -227,6 +249,7 @@ def _rows_kernel(
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
+    copy_to_ptr,
     w_offset,
     w_skew,
     stride_wn,
@@ -239,6 +262,7 @@ def _rows_kernel(
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ALIGN: tl.constexpr,
+    COPY: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -258,14 +282,16 @@ def _rows_kernel(
     if used <= SMALL_M:
         _matmul_rows(
             tile, n0, a_ptr, out_ptr, weights_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
-            tile_row_ptr, address_ptr, w_offset, w_skew, stride_wn, stride_wk, bias_offset,
-            bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, EVEN_K, SMALL_M, BLOCK_N, BLOCK_K,
+            tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
+            bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
+            SMALL_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _matmul_rows(
             tile, n0, a_ptr, out_ptr, weights_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
-            tile_row_ptr, address_ptr, w_offset, w_skew, stride_wn, stride_wk, bias_offset,
-            bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
+            bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -293,6 +319,7 @@ def grouped_gate_up(
         SAVE=pre is not None,
         EVEN_K=H % tile.block_k == 0,
         **plan_args(plan),
+        **copy_args(table),
         **gate_up_args(table),
         **_with_rows(tile, plan),
     )
@@ -323,4 +350,4 @@ def grouped_down(
     h: Tensor, weights: Tensor, plan: Plan, table: Any, tile: Tile, out: Tensor
 ) -> None:
     """out[pair] = weights[pair] * (down_e h[row] + bias_e); out [P, H]."""
-    grouped_rows(h, weights, plan, down_args(table), tile, out)
+    grouped_rows(h, weights, plan, down_args(table) | copy_args(table), tile, out)

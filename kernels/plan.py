@@ -140,3 +140,13 @@ def rows_in_tile(offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M: tl.c
     e = tl.load(tile_expert_ptr + tile)
     end = tl.load(offsets_ptr + tl.maximum(e, 0) + 1)
     return tl.where(e < 0, 0, tl.minimum(end - tl.load(tile_row_ptr + tile), BLOCK_M))
+
+
+@triton.jit
+def tile_copies_to(copy_to_ptr, offsets_ptr, tile_row_ptr, tile, e, address, COPY: tl.constexpr):
+    """Where this tile stores the weights it reads: an expert's first tile does it, others 0."""
+    if COPY:
+        first = tl.load(tile_row_ptr + tile) == tl.load(offsets_ptr + e)
+        return tl.where(first, tl.load(copy_to_ptr + e), 0)
+    else:
+        return address

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spac.kernels.common import (
     activate,
+    copy_args,
     down_args,
     gate_up_args,
     gate_up_tile,
@@ -74,6 +75,7 @@ def _gate_up_tokens_kernel(
     arrived_ptr,
     columns,
     address_ptr,
+    copy_to_ptr,
     gate_stride,
     gate_k_stride,
     up_offset,
@@ -92,6 +94,7 @@ def _gate_up_tokens_kernel(
     INTERLEAVED: tl.constexpr,
     BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
+    COPY: tl.constexpr,
     BY_PAIR: tl.constexpr,
     CHOICES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -110,13 +113,15 @@ def _gate_up_tokens_kernel(
         return
     mask_t = row >= 0
     n0 = tl.program_id(1) * BLOCK_N
+    bias_at = bias_offset + e.to(tl.int64) * bias_skew
+    copy_to = tl.load(copy_to_ptr + e) if COPY else address
     gate, up = gate_up_tile(
         x_ptr,
         tl.arange(0, BLOCK_M),
         stride_xt,
         mask_t,
         weight_pointer(address, x_ptr, ALIGN),
-        weight_pointer(address + bias_offset + e.to(tl.int64) * bias_skew, x_ptr, 1),
+        weight_pointer(address + bias_at, x_ptr, 1),
         gate_stride,
         gate_k_stride,
         up_offset,
@@ -131,6 +136,10 @@ def _gate_up_tokens_kernel(
         EVEN_K,
         INTERLEAVED,
         BIAS,
+        weight_pointer(copy_to, x_ptr, ALIGN),
+        weight_pointer(copy_to + bias_at, x_ptr, 1),
+        copy_to != 0,
+        COPY,
     )
     h = activate(gate, up, alpha, limit, ACTIVATION)
     offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -175,6 +184,7 @@ def _down_tokens_kernel(
     arrived_ptr,
     y_ptr,
     address_ptr,
+    copy_to_ptr,
     w_offset,
     w_skew,
     stride_wn,
@@ -188,6 +198,7 @@ def _down_tokens_kernel(
     inter,
     BIAS: tl.constexpr,
     ALIGN: tl.constexpr,
+    COPY: tl.constexpr,
     BY_PAIR: tl.constexpr,
     CHOICES: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -205,13 +216,15 @@ def _down_tokens_kernel(
     if address != 0:
         mask_t = row >= 0
         w = tl.load(weights_ptr + pair, mask=ids == e, other=0.0).to(tl.float32)
-        wide = e.to(tl.int64)
+        w_at = w_offset + e.to(tl.int64) * w_skew
+        bias_at = bias_offset + e.to(tl.int64) * bias_skew
+        copy_to = tl.load(copy_to_ptr + e) if COPY else address
         part = matmul_tile(
             h_ptr,
             row,
             inter,
             mask_t,
-            weight_pointer(address + w_offset + wide * w_skew, h_ptr, ALIGN),
+            weight_pointer(address + w_at, h_ptr, ALIGN),
             offs_n.to(tl.int64) * stride_wn,
             mask_n,
             stride_wk,
@@ -220,10 +233,17 @@ def _down_tokens_kernel(
             BLOCK_N,
             BLOCK_K,
             EVEN_K,
+            weight_pointer(copy_to + w_at, h_ptr, ALIGN),
+            copy_to != 0,
+            COPY,
         )
         if BIAS:
-            bias_ptr = weight_pointer(address + bias_offset + wide * bias_skew, h_ptr, 1)
-            part += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            bias_ptr = weight_pointer(address + bias_at, h_ptr, 1)
+            bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
+            part += bias.to(tl.float32)[None, :]
+            if COPY:
+                bias_ptr = weight_pointer(copy_to + bias_at, h_ptr, 1)
+                tl.store(bias_ptr + offs_n, bias, mask=offs_n < tl.where(copy_to != 0, H, 0))
         part = tl.sum(w, axis=1)[:, None] * part
         out_ptrs = out_ptr + row[:, None] * H + offs_n[None, :]
         tl.store(out_ptrs, part, mask=mask_t[:, None] & mask_n[None, :])
@@ -269,6 +289,7 @@ def expert_ffn_tokens(
         COLUMNS=triton.next_power_of_2(columns),
         EVEN_K=H % gate_up.block_k == 0,
         **common,
+        **copy_args(table),
         **gate_up_args(table),
         **gate_up.launch(),
     )
@@ -281,6 +302,7 @@ def expert_ffn_tokens(
         y,
         EVEN_K=inter % down.block_k == 0,
         **common,
+        **copy_args(table),
         **down_args(table),
         **down.launch(),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ class ExpertTable:
     bias_stride: int = 1  # elements between the biases of gate row j and j + 1
     bias_up_offset: int = 0  # elements from the bias of gate row j to that of up row j
     align: int = _SECTION_ALIGN  # bytes, a power of two that divides every address
+    copy_to: Tensor | None = None  # int64 [E]: where to store an expert's blob that is read; 0: no
     owner: object = None  # keeps the memory behind the addresses alive
 
     @staticmethod
@@ -106,7 +108,7 @@ class ExpertTable:
         """Table over row-major blobs (host store or slots) that start at `address[e]`."""
         H, inter = layout.hidden, layout.intermediate
         sections = layout.sections()
-        bias = {}
+        bias: dict[str, Any] = {}
         if layout.bias:
             bias = {
                 "gate_up_bias_offset": sections["gate_up_bias"][0],
@@ -141,7 +143,7 @@ class ExpertTable:
         size = layout.dtype.itemsize
         base, skew = gate_up.data_ptr(), gate_up.stride(0) * size
         end = base + skew * layout.num_experts
-        bias = {}
+        bias: dict[str, Any] = {}
         if gate_up_bias is not None and down_bias is not None:
             bias = {
                 "gate_up_bias_offset": gate_up_bias.data_ptr() - base,

@@ -236,3 +236,31 @@ def test_arguments_are_checked(device):
         expert_ffn(x, ids[:3], weights, table)
     with pytest.raises(ValueError, match=r"table.address: expected int64 \[3\]"):
         expert_ffn(x, ids, weights, replace(table, address=table.address[:2]))
+
+
+@pytest.mark.parametrize("path", SMALL)
+@pytest.mark.parametrize("name", ["plain", "interleaved", "bias"])
+def test_streamed_experts_are_stored_on_the_way(path, name, device):
+    """Blobs of the experts that were used and have a destination arrive there, and only they."""
+    torch.manual_seed(5)
+    layout = ExpertLayout(6, 40, 24, torch.bfloat16, **LAYOUTS[name])
+    weight_tensors = parameters(layout, device)
+    source = torch.zeros(6, layout.blob_bytes, dtype=torch.uint8, device=device)
+    for section, tensor in zip(("gate_up", "down", "gate_up_bias", "down_bias"), weight_tensors,
+                               strict=False):  # fmt: skip
+        offset = layout.sections()[section][0]
+        data = tensor.reshape(6, -1).view(torch.uint8)
+        source[:, offset : offset + data.shape[1]] = data
+    slots = torch.zeros_like(source)
+    step = layout.blob_bytes * torch.arange(6, device=device)
+    copy_to = torch.where(torch.arange(6, device=device) < 4, slots.data_ptr() + step, 0)
+    tokens = 7 if path == "tokens" else 90  # several tiles of an expert
+    x, ids, weights = inputs(layout, tokens, 2, device)
+    ids[ids == 1] = 3
+    table = ExpertTable.from_blobs(layout, source.data_ptr() + step)
+    copying = replace(table, copy_to=copy_to)
+    check(x, ids, weights, weight_tensors, layout, copying, SMALL[path])
+    assert torch.equal(expert_ffn(x, ids, weights, copying), expert_ffn(x, ids, weights, table))
+    for e in range(6):
+        arrived = e < 4 and bool((ids == e).any())
+        assert torch.equal(slots[e], source[e] if arrived else torch.zeros_like(source[e]))
