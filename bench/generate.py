@@ -13,7 +13,7 @@ from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
 from spac.config import POLICIES, SpacConfig
 from spac.demo_model import load_demo
-from spac.loading import load_model
+from spac.loading import load_model, load_tokenizer
 from spac.progress import progress
 from spac.speculative import GenerationResult, generate
 from spac.status import stats
@@ -70,10 +70,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     if args.model is None:
         model, draft, tokenizer = load_demo()
     else:
-        from transformers import AutoTokenizer
-
         model = load_model(args.model, experts_implementation="spac")
-        tokenizer, draft = AutoTokenizer.from_pretrained(args.model), "ngram"
+        tokenizer, draft = load_tokenizer(args.model), "ngram"
     if args.draft is not None:
         draft = args.draft if args.draft == "ngram" else load_model(args.draft)
     return model, draft, tokenizer

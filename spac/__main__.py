@@ -104,7 +104,7 @@ class _Session:
         from spac.budget import bytes_for_ratio
         from spac.config import SpacConfig
         from spac.demo_model import DRAFT, TARGET
-        from spac.loading import load_model
+        from spac.loading import load_model, load_tokenizer
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -117,7 +117,7 @@ class _Session:
         text = _prompt(args)
         dtype = args.dtype or ("float32" if args.demo else "auto")
         self.model = load_model(path, _torch_dtype(dtype), experts_implementation="spac")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(path)
         self.input_ids = self.tokenizer(text, return_tensors="pt").input_ids
         source = args.draft or (str(DRAFT) if args.demo else "none")
         self.draft: Any = {"none": None, "ngram": "ngram"}.get(source, source)

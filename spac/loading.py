@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import spac.hf  # noqa: F401  (registers the backend)
 from spac.attachment import attach
@@ -37,18 +37,41 @@ def from_pretrained(
 def load_model(
     path: str | Path, dtype: torch.dtype | str = "auto", **kwargs: Any
 ) -> PreTrainedModel:
-    """transformers' AutoModelForCausalLM on the CPU, files checked first, in eval mode."""
+    """transformers' AutoModelForCausalLM on the CPU, files checked first, in eval mode.
+
+    Of weights only safetensors are read. Whatever is wrong is one line of ValueError.
+    """
     check_checkpoint(path)
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True} | kwargs
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **kwargs
+            path, dtype=dtype, output_loading_info=True, **options
         )
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot load the model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # config classes and weight converters raise anything
+        raise ValueError(f"{path}: cannot load the model: {_line(error)}") from error
+    if report["mismatched_keys"]:
+        name, found, needed = min(report["mismatched_keys"])
+        raise ValueError(
+            f"{path}: {len(report['mismatched_keys'])} weights have other shapes than the config "
+            f"says, among them {name}: {list(found)} instead of {list(needed)}"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{path}: {len(missing)} weights are missing, among them {missing[0]}")
     return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """transformers' AutoTokenizer; one line of ValueError if there is none, or a broken one."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"{path}: cannot load the tokenizer: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an exception says, on one line and not too long; its name if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -65,8 +88,13 @@ def check_checkpoint(path: str | Path) -> None:
         raise ValueError(f"{path}: no .safetensors file in this folder")
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as weights:
+                types = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{file}: truncated or not safetensors ({reason})") from error
+        integers = sorted(t for t in types if t[0] in "IUB" and t != "BF16")
+        if integers and "quantization_config" not in (folder / "config.json").read_text():
+            raise ValueError(
+                f"{file}: weights of {', '.join(integers)} without quantization_config"
+            )

@@ -120,6 +120,11 @@ def generate(
         streamer.put(input_ids.cpu())
     start = time.perf_counter()
     row = _prefill(model, tokens, cache)
+    if bool(row.isnan().any()):
+        raise ValueError(
+            "generate: the model's logits are not numbers: its weights are damaged, or "
+            f"{row.dtype} overflows"
+        )
     accepted, new = _accept(row, tokens[:0], None, warp, tokens, generator)
     tokens, done = _append(tokens, new, result, max_new_tokens, eos, streamer)
     result.prefill_seconds = time.perf_counter() - start

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_BYTES = 8 << 30  # of a trace file unpacked; a small file can unpack to any size
+
 
 def _integers(name: str, a: Any, dtypes: tuple[str, ...], ndim: int) -> None:
     if not isinstance(a, np.ndarray) or a.dtype.name not in dtypes or a.ndim != ndim:
@@ -42,6 +44,8 @@ class Trace:
         _integers("expert_ids", self.expert_ids, ("uint8", "int16"), 3)
         if self.num_experts < 1:
             raise ValueError(f"num_experts: needed at least 1, got {self.num_experts}")
+        if self.num_experts > 1 << 15:
+            raise ValueError(f"num_experts: needed at most {1 << 15}, got {self.num_experts}")
         if self.expert_ids.size == 0:
             raise ValueError(f"expert_ids: needed at least one id, got shape {self.shape}")
         low, high = int(self.expert_ids.min()), int(self.expert_ids.max())
@@ -124,7 +128,12 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
             archive = np.load(f, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise ValueError("needed an npz archive, got a single array")
+            size = sum(entry.file_size for entry in archive.zip.infolist())
+            if size > MAX_BYTES:
+                raise ValueError(f"unpacked it would be {size} bytes, {MAX_BYTES} are allowed")
             arrays = {name: archive[name] for name in archive.files}
+            if odd := [n for n, a in arrays.items() if not isinstance(a, np.ndarray)]:
+                raise ValueError(f"needed arrays, got something else in {odd}")
     except FileNotFoundError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, KeyError,
