@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,26 @@ from spac.experts import stored_view
 from spac.layout import ExpertLayout, ExpertTable
 
 _PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+_HUGE_PAGE = 2 << 20  # bytes
+
+
+def host_memory(nbytes: int) -> Tensor:
+    """Zeros uint8 [nbytes] in a mapping of their own, given back when the tensor dies.
+
+    Whole pages, so that page-locking one store never meets a page of another; huge ones where the
+    system gives them to who asks, since the CPU kernels stream the weights.
+    """
+    spare = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 0
+    try:
+        memory = mmap.mmap(-1, nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        reason = f"host store: cannot map {nbytes} bytes of host memory ({error})"
+        raise MemoryError(reason) from None
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    if spare and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return tensor[-tensor.data_ptr() % max(spare, 1) :][:nbytes]
 
 
 class HostStore:
@@ -24,13 +47,19 @@ class HostStore:
         self._pin = pin
         self._pinned: list[Tensor] = []
 
+    def allocate(self) -> Tensor:
+        """Zeroed blobs uint8 [E, blob_bytes] for the next layer, page-locked if this store is."""
+        layout = self.layouts[len(self.blobs)]
+        blobs = host_memory(layout.num_experts * layout.blob_bytes)
+        if self._pin:
+            self._register(blobs)
+        self.blobs.append(blobs.view(layout.num_experts, layout.blob_bytes))
+        return self.blobs[-1]
+
     def adopt(self, parameters: dict[str, nn.Parameter]) -> None:
         """Move the next layer's weights in; `parameters` as from `expert_parameters`."""
         layout = self.layouts[len(self.blobs)]
-        blobs = torch.zeros(layout.num_experts, layout.blob_bytes, dtype=torch.uint8)
-        if self._pin:
-            self._register(blobs)
-        self.blobs.append(blobs)
+        self.allocate()
         for name, view in self.views(len(self.blobs) - 1).items():
             parameter = parameters[name]
             view.copy_(stored_view(parameter.data, name, layout))
@@ -71,7 +100,7 @@ class HostStore:
             blobs.data_ptr(), blobs.nbytes, _PORTABLE_MAPPED
         )
         if int(status) != 0:
-            self.close()
+            _clear_cuda_error()
             raise MemoryError(
                 f"host store: cannot page-lock {blobs.nbytes} bytes of host memory "
                 f"(CUDA error {int(status)}); free memory or raise the locked-memory limit"
@@ -81,5 +110,12 @@ class HostStore:
     def close(self) -> None:
         """Release the page locks; nothing may be copying from the store any more."""
         for blobs in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(blobs.data_ptr())
+            if int(torch.cuda.cudart().cudaHostUnregister(blobs.data_ptr())) != 0:
+                _clear_cuda_error()
         self._pinned.clear()
+
+
+def _clear_cuda_error() -> None:
+    """CUDA reports a failed call again at the next kernel launch: launch one that may fail."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")

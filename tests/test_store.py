@@ -1,0 +1,63 @@
+"""The host store's memory: pages of its own, page-locked on a GPU machine."""
+
+import gc
+import mmap
+import random
+
+import pytest
+import torch
+
+from spac.layout import ExpertLayout
+from spac.store import HostStore, host_memory
+
+SIZES = [1, mmap.PAGESIZE + 1, (2 << 20) + 12345]
+
+
+@pytest.mark.parametrize("nbytes", SIZES)
+def test_host_memory_is_zero_and_starts_a_page(nbytes):
+    a, b = host_memory(nbytes), host_memory(nbytes)
+    for tensor in (a, b):
+        assert tensor.shape == (nbytes,) and not tensor.any()
+        assert tensor.data_ptr() % (mmap.PAGESIZE if nbytes < 2 << 20 else 2 << 20) == 0
+    first, second = sorted((a.data_ptr(), b.data_ptr()))
+    assert second // mmap.PAGESIZE > (first + nbytes - 1) // mmap.PAGESIZE  # no page is shared
+    a.fill_(7)
+    assert not b.any()
+
+
+def test_host_memory_that_does_not_exist_is_one_line():
+    with pytest.raises(MemoryError, match="cannot map .* bytes of host memory"):
+        host_memory(1 << 60)
+
+
+def test_views_keep_the_memory_alive():
+    view = host_memory(3 << 20)[-5:]
+    gc.collect()
+    view.fill_(3)
+    assert view.sum() == 15
+
+
+def layouts(count):
+    sizes = [(random.randint(1, 40), random.randint(1, 40)) for _ in range(count)]
+    return [ExpertLayout(3, hidden, inter, torch.float32) for hidden, inter in sizes]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page locks need CUDA")
+def test_many_small_stores_lock_their_pages():
+    stores = [HostStore(layouts(2), pin=True) for _ in range(5)]
+    for store in stores:
+        for _ in store.layouts:
+            assert store.allocate().is_pinned()
+    for store in stores:
+        store.close()
+    assert not store.blobs[0].is_pinned()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page locks need CUDA")
+def test_a_refused_page_lock_is_one_line_and_leaves_cuda_usable():
+    store = HostStore(layouts(1), pin=True)
+    blobs = store.allocate()
+    with pytest.raises(MemoryError, match=r"cannot page-lock \d+ bytes .*CUDA error 712"):
+        store._register(blobs)
+    assert torch.ones(3, device="cuda").sum() == 3
+    store.close()
