@@ -22,7 +22,6 @@ from torch import Tensor
 
 from spac import reference
 from spac.bench import gpu_small
-from spac.bench.gpu_sweep import sweep
 from spac.bench.kernels import (
     SHAPES,
     Problem,
@@ -255,7 +254,7 @@ def _graph_of(name: str, p: Problem) -> float:
 
 
 def timing(report: Report) -> list[str]:
-    """The table of issue 3, then the sweep, the small kernels, streaming and training."""
+    """The expert FFN against its floor, then the small kernels, streaming and training."""
     E, H, inter, top_k, options = SHAPES["qwen3-30b-a3b"]
     layout = ExpertLayout(E, H, inter, torch.bfloat16, **options)
     params = make_params(layout, DEV)
@@ -278,7 +277,6 @@ def timing(report: Report) -> list[str]:
     lines += gpu_small.residency(report, layout, params, top_k)
     lines += gpu_small.streaming(report, layout, top_k)
     lines += gpu_small.training(report, layout, params, top_k)
-    lines += sweep(report, layout, params, top_k, budget=100.0)
     return lines
 
 

@@ -8,6 +8,7 @@ memory bandwidth, and flops over the matmul rate, both measured on this device f
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spac import ops, reference
-from spac.bench.report import Table
+from spac.bench.report import Table, pyplot
 from spac.layout import ExpertLayout, ExpertTable
 from spac.progress import progress
 
@@ -227,11 +228,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default=default)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 9, 32, 256, 1024, 4096])
+    parser.add_argument("--plot", metavar="FILE", help="roofline picture")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS[:3])
 
 
 def run(args: argparse.Namespace) -> Table:
     """One row per number of tokens and provider; raises if spac's result is wrong."""
+    if args.plot:
+        pyplot()  # or fail before the measurements
     device = "cuda" if torch.cuda.is_available() else "cpu"
     E, H, inter, top_k, options = SHAPES[args.shape]
     layout = ExpertLayout(E, H, inter, DTYPES[args.dtype], **options)
@@ -272,4 +276,27 @@ def run(args: argparse.Namespace) -> Table:
                     f"{errors[name]:.1e}",
                 ]
             )
+    if args.plot:
+        _plot(args.plot, rows, bandwidth, rate, args.shape)
     return Table(COLUMNS, rows, f"expert FFN, {args.shape}", notes)
+
+
+def _plot(path: str, rows: list[list[Any]], bandwidth: float, rate: float, title: str) -> None:
+    """TFLOP/s over flops per byte of the distinct experts, below the two ceilings."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    points: dict[str, list[tuple[float, float]]] = {}
+    for _, name, _, gigabytes, teraflops, *_ in rows:
+        points.setdefault(name, []).append((teraflops / gigabytes * 1e3, teraflops))
+    for name, pairs in points.items():
+        axes.plot(*zip(*pairs, strict=True), marker="o", label=name)
+    reach = [x for pairs in points.values() for x, _ in pairs]
+    line = torch.logspace(math.log10(min(reach) / 2), math.log10(max(reach) * 2), 50).tolist()
+    roof = [min(x * bandwidth, rate) / 1e12 for x in line]
+    axes.plot(line, roof, color="black", label=f"{bandwidth / 1e12:.2g} TB/s, {rate / 1e12:.3g}")
+    axes.set(xscale="log", yscale="log", xlabel="flop per byte of distinct experts")
+    axes.set(ylabel="TFLOP/s", title=f"expert FFN, {title}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

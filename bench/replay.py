@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spac.balance import Balancer
-from spac.bench.report import Table
+from spac.bench.report import Table, pyplot
 from spac.cost import CostModel
 from spac.draft_length import DraftLengthController
 from spac.machine import MACHINES, find_machine
@@ -149,13 +149,7 @@ def _figures(r: Replay, oracle: Replay | None) -> list[Any]:
 
 
 def _plot(path: str, rows: list[list[Any]], kept: list[tuple[list[Any], Replay]]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("plot: needs matplotlib (pip install spac[plot])") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     at = {c: COLUMNS.index(c) for c in ("policy", "cache", "coverage", "tokens/s")}
     for policy in dict.fromkeys(r[at["policy"]] for r in rows):

@@ -52,7 +52,7 @@ def test_machine_block_names_no_machine():
 def test_list(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    for name in ("kernels", "cpu", "verify", "balance", "generate", "identity", "replay"):
+    for name in ("kernels", "cpu", "tune", "verify", "balance", "generate", "identity", "replay"):
         assert name in out
     found, missing = benchmarks()
     assert not missing, missing

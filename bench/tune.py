@@ -1,0 +1,158 @@
+"""Tiles of the expert FFN, tried on this GPU: what `select_config` is made of."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spac.bench.kernels import (
+    DTYPES,
+    SHAPES,
+    Problem,
+    graph_seconds,
+    make_params,
+    make_problem,
+    relative_error,
+)
+from spac.bench.report import Table
+from spac.kernels.config import FFNConfig, Tile, device_of, select_config
+from spac.kernels.expert_ffn import expert_ffn
+from spac.layout import ExpertLayout
+from spac.progress import progress
+
+NAME = "tune"
+HELP = "tiles of the expert FFN on this GPU: select_config's choice beside the best one found"
+COLUMNS = ["tokens", "selected us", "best us", "ratio", "path", "gate-up", "down", "tried"]
+
+# The tiles to try for gate-up, then for down with the best gate-up: few tokens, then by rows.
+TOKENS = (
+    [Tile(16, n, k, w, s) for n, k, w, s in (
+        (32, 256, 4, 2), (32, 64, 4, 6), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3),
+        (16, 256, 4, 3), (16, 128, 4, 4), (16, 128, 2, 4), (32, 128, 2, 4))],
+    [Tile(16, n, k, w, s) for n, k, w, s in (
+        (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 64, 4, 6), (64, 256, 4, 3),
+        (128, 64, 4, 4), (16, 256, 4, 3), (32, 128, 2, 4))],
+)  # fmt: skip
+FEW = (
+    [Tile(m, n, k, w, s) for m, n, k, w, s in (
+        (16, 16, 256, 4, 4), (16, 32, 128, 4, 3), (16, 32, 128, 4, 6), (16, 32, 256, 4, 3),
+        (16, 64, 128, 4, 3), (16, 64, 64, 4, 5), (32, 32, 128, 4, 4), (32, 64, 64, 4, 4))],
+    [Tile(16, n, k, w, s) for n, k, w, s in (
+        (32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 6), (128, 64, 4, 4),
+        (128, 128, 4, 3))],
+)  # fmt: skip
+SOME = (
+    [Tile(m, n, k, w, s) for m, n, k, w, s in (
+        (16, 64, 128, 4, 3), (32, 64, 128, 4, 3), (32, 64, 64, 4, 4), (32, 128, 64, 4, 3),
+        (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 64, 8, 3), (64, 128, 64, 8, 4))],
+    [Tile(16, n, k, w, s) for n, k, w, s in (
+        (64, 128, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (256, 64, 4, 3), (256, 64, 8, 3))],
+)  # fmt: skip
+MANY = (
+    [Tile(m, n, k, w, s) for m, n, k, w, s in (
+        (128, 128, 64, 8, 4), (128, 128, 32, 8, 5), (128, 64, 64, 8, 4), (128, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))],
+    [Tile(16, n, k, w, s) for n, k, w, s in (
+        (256, 64, 8, 4), (256, 32, 8, 6), (128, 64, 8, 4), (128, 64, 4, 4), (128, 32, 4, 6))],
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tokens", type=int, nargs="+",
+                        default=[1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096])  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=15.0, help="per number of tokens")
+
+
+def run(args: argparse.Namespace) -> Table:
+    """Coordinate descent for each number of tokens; raises if the best one's result is wrong."""
+    if not torch.cuda.is_available():
+        raise ValueError("tune: needs a CUDA GPU, none is here")
+    E, H, inter, top_k, options = SHAPES[args.shape]
+    layout = ExpertLayout(E, H, inter, DTYPES[args.dtype], **options)
+    params = make_params(layout, "cuda")
+    rows = []
+    for tokens in progress(args.tokens, NAME):
+        p = make_problem(layout, params, tokens, top_k, "cuda")
+        selected = select_config(tokens, top_k, layout, device_of(params[0].device))
+        found = descend(selected, _candidates(selected, tokens, top_k, E), p, args.seconds)
+        best, times = found[0], found[1]
+        error = relative_error(_call(best, p, 0), p)
+        if not error < 2e-2:
+            raise ValueError(f"{tokens} tokens, {brief(best)}: error {error:.1e}")
+        default, least = times[selected], times[best]
+        rows.append(
+            [tokens, default * 1e6, least * 1e6, default / least, best.path]
+            + [brief(best.gate_up), brief(best.down), len(times)]
+        )
+    notes = [f"{args.shape}, {args.dtype}; tiles as MxNxK, warps, stages; graph replay, medians"]
+    return Table(COLUMNS, rows, f"tiles, {args.shape}", notes)
+
+
+def _candidates(
+    selected: FFNConfig, tokens: int, top_k: int, experts: int
+) -> tuple[list[Tile], list[Tile]]:
+    if selected.path == "tokens":
+        return TOKENS
+    rows = tokens * top_k / experts
+    return FEW if rows <= 6 else SOME if rows <= 96 else MANY
+
+
+def _variants(
+    candidates: tuple[list[Tile], list[Tile]],
+) -> list[Callable[[FFNConfig], Iterator[FFNConfig]]]:
+    """Steps of the descent; each makes configurations out of the best one so far."""
+    gate_up, down = candidates
+    return [
+        lambda best: (replace(best, path=path) for path in ("grouped",)),
+        lambda best: (replace(best, gate_up=tile) for tile in gate_up),
+        lambda best: (replace(best, down=replace(t, block_m=best.gate_up.block_m)) for t in down),
+    ]
+
+
+def descend(
+    selected: FFNConfig,
+    candidates: tuple[list[Tile], list[Tile]],
+    p: Problem,
+    seconds: float,
+) -> tuple[FFNConfig, dict[FFNConfig, float]]:
+    """The fastest configuration found within `seconds`, and the time of every one tried."""
+    times = {selected: _seconds(selected, p)}
+    best = selected
+    for i, variants in enumerate(_variants(candidates)):
+        deadline = time.perf_counter() + seconds * (0.1, 0.5, 0.4)[i]
+        for config in variants(best):
+            if config in times or time.perf_counter() > deadline:
+                continue
+            times[config] = _seconds(config, p)
+        best = min(times, key=lambda c: times[c])
+    return best, times
+
+
+def _call(config: FFNConfig, p: Problem, r: int) -> Tensor:
+    return expert_ffn(p.x[r], p.ids[r], p.weights[r], p.table, None, config)
+
+
+def _seconds(config: FFNConfig, p: Problem) -> float:
+    """Seconds of one call; infinite if the tiles do not fit the GPU."""
+    try:
+        return graph_seconds(partial(_call, config, p), 0.05)
+    except Exception as error:  # Triton's errors have no common class
+        if "out of resource" not in str(error) and "shared memory" not in str(error):
+            raise
+        torch.cuda.synchronize()
+        return float("inf")
+
+
+def brief(t: Any) -> str:
+    if isinstance(t, FFNConfig):
+        return f"{t.path} {brief(t.gate_up)} {brief(t.down)}"
+    return f"{t.block_m}x{t.block_n}x{t.block_k} {t.num_warps}w {t.num_stages}s"
