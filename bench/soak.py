@@ -1,0 +1,142 @@
+"""A long run in miniature: random budgets, policies, drafts and prompts, re-attached for hours.
+
+Exit code 1 if a text differs from the plain model's, if the counters contradict each other, or if
+memory grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import threading
+import time
+from typing import Any
+
+import torch
+
+from spac.attachment import attach, attachment, detach
+from spac.bench.demo_data import held_out_prompts
+from spac.bench.report import Table
+from spac.budget import bytes_for_ratio
+from spac.config import POLICIES, SpacConfig
+from spac.demo_model import load_demo
+from spac.progress import progress
+from spac.speculative import GenerationResult, generate
+from spac.status import stats
+
+NAME = "soak"
+HELP = "random budgets, policies, drafts and prompts for a long time: text, counters, memory"
+GROWTH = 48 << 20  # bytes that the process may gain after a quarter of the run
+COLUMNS = ["rounds", "generations", "tokens", "different", "counters wrong"]
+COLUMNS += ["MB, first quarter", "MB, end", "threads left"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=400, metavar="N", help="attach and detach")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> Table:
+    """One row of totals."""
+    if args.rounds < 1:
+        raise ValueError(f"--rounds: must be at least 1, got {args.rounds}")
+    rng = random.Random(args.seed)
+    model, draft, tokenizer = load_demo()
+    prompts = held_out_prompts(tokenizer, 20, 96)
+    totals = {"rounds": 0, "generations": 0, "tokens": 0, "different": 0, "wrong": 0}
+    end = time.monotonic() + 60 * args.minutes
+    early = 0
+    notes: list[str] = []
+    for index in progress(range(args.rounds), "soak"):
+        config = SpacConfig(
+            policy=rng.choice(POLICIES),
+            max_length=256,
+            rejected_weight=rng.choice((1.0, 0.5)),
+            rebalance_every=rng.choice((2, 16)),
+        )
+        texts = [
+            (prompts[rng.randrange(20), : rng.randrange(1, 97)][None], rng.randrange(1, 49))
+            for _ in range(rng.randrange(1, 4))
+        ]
+        expected = [_text(model, ids, None, 0, new) for ids, new in texts]
+        budget = bytes_for_ratio(model, rng.random() ** 2, config, draft)
+        attach(model, budget, draft=draft, **vars(config))
+        counted = _Counted(model)
+        for (ids, new), plain in zip(texts, expected, strict=True):
+            helper = rng.choice((None, "ngram", draft))
+            result = _text(model, ids, helper, rng.choice((0, 1, 3, 7, "auto")), new)
+            counted.add(ids.shape[1], result)
+            totals["generations"] += 1
+            totals["tokens"] += result.new_tokens
+            totals["different"] += not torch.equal(result.sequences, plain.sequences)
+        wrong = counted.contradictions(model)
+        totals["wrong"] += len(wrong)
+        notes += wrong[: 5 - len(notes)]
+        detach(model)
+        totals["rounds"] += 1
+        if index <= args.rounds // 4 and time.monotonic() < end - 45 * args.minutes or not early:
+            early = resident_bytes()
+        if time.monotonic() > end:
+            break
+    last = resident_bytes()
+    left = sum(t.name.startswith("spac-") for t in threading.enumerate())
+    failed = bool(totals["different"] or totals["wrong"] or left or last > early + GROWTH)
+    row = [*totals.values(), early / 1e6, last / 1e6, left]
+    return Table(list(COLUMNS), [row], f"soak, seed {args.seed}", notes, failed=failed)
+
+
+class _Counted:
+    """What the engine's counters must be after the generations of one attachment."""
+
+    def __init__(self, model: Any) -> None:
+        state = attachment(model)
+        assert state is not None and state.engine is not None
+        self.engine = state.engine
+        self.windows = self.tokens = self.prefill = 0
+
+    def add(self, prompt: int, result: GenerationResult) -> None:
+        self.windows += result.target_forwards
+        self.tokens += result.target_forwards + result.drafted
+        if prompt > self.engine.config.max_window:
+            self.prefill += prompt
+        else:
+            self.windows += 1
+            self.tokens += prompt
+
+    def contradictions(self, model: Any) -> list[str]:
+        engine = self.engine
+        engine.copier.close()
+        layers = len(engine.store.layouts)
+        for layer in range(layers):
+            engine.pool.publish(layer)
+        s = stats(model)
+        first = min(s["budget"]["slots"], engine.pool.held.size)
+        checks = {
+            "windows": (s["windows"], self.windows),
+            "pairs": (s["pairs"], self.tokens * layers * engine.top_k),
+            "pairs by expert": (int(engine.frequency.sum()), s["pairs"]),
+            "prefill tokens": (s["prefill_tokens"], self.prefill),
+            "loads - evictions": (s["loads"] - s["evictions"], s["resident"]),
+            "bytes copied": (s["bytes_copied"], (s["loads"] - first) * s["budget"]["slot_bytes"]),
+        }
+        wrong = [f"{name}: {a} and {b}" for name, (a, b) in checks.items() if a != b]
+        if not 0 <= s["resident_pairs"] <= s["pairs"] or s["resident"] > s["budget"]["slots"]:
+            wrong.append(f"resident pairs {s['resident_pairs']}, experts {s['resident']}")
+        return wrong
+
+
+def _text(model: Any, ids: Any, draft: Any, gamma: int | str, new: int) -> GenerationResult:
+    result = generate(
+        model, ids, draft=draft, num_draft_tokens=gamma, max_new_tokens=new, eos_token_id=[],
+        return_result=True,
+    )  # fmt: skip
+    assert isinstance(result, GenerationResult)
+    return result
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory (Linux)."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
