@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spac.bench.kernels import event_seconds, graph_seconds, make_problem, make_provider
-from spac.kernels import accept, combine, verify
+from spac.kernels import accept, combine, route, verify
 from spac.kernels.expert_ffn import expert_ffn, expert_ffn_train
 from spac.kernels.expert_ffn_backward import expert_ffn_backward
 from spac.layout import ExpertLayout, ExpertTable
@@ -38,6 +38,7 @@ def small_kernels(report: Any) -> list[str]:
 
         name = f"verify W={W}"
         lines.append(_line(name, report.part(name, lambda f=run_verify: graph_seconds(f))))
+        lines += _routing(report, W, address, utility, bounds, counters)
     parts = [[torch.randn(9, 2048, device=DEV) for _ in range(2)] for _ in range(8)]
     seconds = report.part(
         "combine W=9", lambda: graph_seconds(lambda r: combine.combine(parts[r], torch.bfloat16))
@@ -46,6 +47,24 @@ def small_kernels(report: Any) -> list[str]:
     for dtype in (torch.bfloat16, torch.float32):
         lines += _accept(report, dtype)
     return lines
+
+
+def _routing(report: Any, W: int, *state: Tensor) -> list[str]:
+    """Routing and verify in one launch, and transformers' routing operators without verify."""
+    logits = [torch.randn(W, 128, device=DEV) for _ in range(8)]
+    arrived = torch.zeros(1, dtype=torch.int32, device=DEV)
+
+    def ours(r: int) -> Any:
+        return route.route_verify(logits[r], 8, True, *state, arrived, 5)
+
+    def peer(r: int) -> Any:
+        top, ids = torch.topk(torch.softmax(logits[r], dim=-1, dtype=torch.float32), 8, dim=-1)
+        return (top / top.sum(-1, keepdim=True)).bfloat16(), ids
+
+    return [
+        _line(name, report.part(name, lambda f=f: graph_seconds(f)))
+        for name, f in ((f"route and verify W={W}", ours), (f"torch routing alone W={W}", peer))
+    ]
 
 
 def _accept(report: Any, dtype: torch.dtype) -> list[str]:

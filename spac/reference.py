@@ -136,6 +136,20 @@ def expert_ffn_backward(
     return [dx.to(x.dtype), d_weights.to(weights.dtype), d_gate_up, d_down, *d_biases]
 
 
+def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Softmax over the experts, then the top k: weights fp32 [W, k] and ids int32 [W, k].
+
+    logits [W, E] float. Best first, the lower id of equals first; with `normalize` a token's
+    weights add up to 1. As the routers of Qwen3-MoE, Mixtral and OLMoE in transformers.
+    """
+    probs = logits.float().softmax(-1)
+    probs, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    weights = probs[:, :top_k]
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.contiguous(), ids[:, :top_k].to(torch.int32)
+
+
 def verify(
     ids: Tensor,
     address: Tensor,
