@@ -49,13 +49,17 @@ def small_kernels(report: Any) -> list[str]:
     return lines
 
 
-def _routing(report: Any, W: int, *state: Tensor) -> list[str]:
+def _routing(
+    report: Any, W: int, address: Tensor, utility: Tensor, bounds: Tensor, counters: Tensor
+) -> list[str]:
     """Routing and verify in one launch, and transformers' routing operators without verify."""
     logits = [torch.randn(W, 128, device=DEV) for _ in range(8)]
     arrived = torch.zeros(1, dtype=torch.int32, device=DEV)
 
     def ours(r: int) -> Any:
-        return route.route_verify(logits[r], 8, True, *state, arrived, 5)
+        return route.route_verify(
+            logits[r], 8, True, address, utility, bounds, counters, arrived, 5
+        )
 
     def peer(r: int) -> Any:
         top, ids = torch.topk(torch.softmax(logits[r], dim=-1, dtype=torch.float32), 8, dim=-1)

@@ -10,6 +10,20 @@
 
 namespace spac {
 namespace {
+inline std::string text(const std::string& s) {
+  return s;
+}
+inline std::string text(int64_t n) {
+  return std::to_string(n);
+}
+
+// STD_TORCH_CHECK writes its line number through an ostream, which crashes where the toolchain links
+// libstdc++ into the extension while libtorch uses the shared one.
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok) throw std::runtime_error((text(parts) + ...));
+}
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -18,8 +32,8 @@ std::atomic<int64_t> cpu_threads{0};
 DType float_type(const char* name, ScalarType type) {
   if (type == ScalarType::BFloat16) return DType::bf16;
   if (type == ScalarType::Half) return DType::f16;
-  STD_TORCH_CHECK(type == ScalarType::Float, "expert_ffn_cpu: ", name,
-                  ": expected bfloat16, float16 or float32");
+  check(type == ScalarType::Float, "expert_ffn_cpu: ", name,
+        ": expected bfloat16, float16 or float32");
   return DType::f32;
 }
 
@@ -27,17 +41,16 @@ Activation activation_from(const std::string& name) {
   const char* names[] = {"silu", "gelu", "gelu_tanh", "relu", "swiglu_clamp"};
   for (int i = 0; i < 5; ++i)
     if (name == names[i]) return static_cast<Activation>(i);
-  STD_TORCH_CHECK(false,
-                  "expert_ffn_cpu: activation: expected silu, gelu, gelu_tanh, relu or "
-                  "swiglu_clamp, got '",
-                  name, "'");
+  throw std::runtime_error(
+      "expert_ffn_cpu: activation: expected silu, gelu, gelu_tanh, relu or swiglu_clamp, got '" +
+      name + "'");
 }
 
 void check_tensor(const char* name, const Tensor& t, int64_t dim) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == dim && t.is_contiguous(), "expert_ffn_cpu: ", name,
-                  ": expected a contiguous CPU tensor of ", dim, " dimension(s), got ", t.dim(),
-                  t.is_cpu() ? "" : " on another device",
-                  t.is_contiguous() ? "" : ", not contiguous");
+  check(t.is_cpu() && t.dim() == dim && t.is_contiguous(), "expert_ffn_cpu: ", name,
+        ": expected a contiguous CPU tensor of ", dim, " dimension(s), got ", t.dim(),
+        t.is_cpu() ? "" : " on another device",
+        t.is_contiguous() ? "" : ", not contiguous");
 }
 
 int current_threads() {
@@ -58,17 +71,17 @@ Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
   check_tensor("weights", weights, 2);
   check_tensor("address", address, 1);
   const int64_t tokens = x.size(0), hidden = x.size(1), k = ids.size(1);
-  STD_TORCH_CHECK(ids.size(0) == tokens && weights.size(0) == tokens && weights.size(1) == k,
-                  "expert_ffn_cpu: ids and weights: expected [", tokens, ", k] both, got [",
-                  ids.size(0), ", ", k, "] and [", weights.size(0), ", ", weights.size(1), "]");
+  check(ids.size(0) == tokens && weights.size(0) == tokens && weights.size(1) == k,
+        "expert_ffn_cpu: ids and weights: expected [", tokens, ", k] both, got [",
+        ids.size(0), ", ", k, "] and [", weights.size(0), ", ", weights.size(1), "]");
   const ScalarType id_type = ids.scalar_type();
-  STD_TORCH_CHECK(id_type == ScalarType::Int || id_type == ScalarType::Long,
-                  "expert_ffn_cpu: ids: expected int32 or int64");
-  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Float,
-                  "expert_ffn_cpu: weights: expected float32");
-  STD_TORCH_CHECK(address.scalar_type() == ScalarType::Long,
-                  "expert_ffn_cpu: address: expected int64");
-  STD_TORCH_CHECK(
+  check(id_type == ScalarType::Int || id_type == ScalarType::Long,
+        "expert_ffn_cpu: ids: expected int32 or int64");
+  check(weights.scalar_type() == ScalarType::Float,
+        "expert_ffn_cpu: weights: expected float32");
+  check(address.scalar_type() == ScalarType::Long,
+        "expert_ffn_cpu: address: expected int64");
+  check(
       hidden > 0 && intermediate > 0 && hidden <= INT32_MAX && intermediate <= INT32_MAX,
       "expert_ffn_cpu: expected hidden and intermediate in 1..2^31-1, got ", hidden, " and ",
       intermediate);
@@ -111,8 +124,8 @@ Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
 
 // Reads a tensor once, shared by all threads; returns a checksum.
 int64_t cpu_read(const Tensor& data) {
-  STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous(),
-                  "cpu_read: expected a contiguous CPU tensor");
+  check(data.is_cpu() && data.is_contiguous(),
+        "cpu_read: expected a contiguous CPU tensor");
   const char* begin = static_cast<const char*>(data.const_data_ptr());
   const size_t bytes = data.numel() * data.element_size();
   const CpuPeak& peak = cpu_peak(current_isa());
@@ -144,9 +157,9 @@ void set_cpu_isa(const std::string& name) {
 }
 
 void set_cpu_threads(int64_t threads) {
-  STD_TORCH_CHECK(threads >= 0 && threads <= 1024,
-                  "set_cpu_threads: expected 1..1024, or 0 for torch.get_num_threads(), got ",
-                  threads);
+  check(threads >= 0 && threads <= 1024,
+        "set_cpu_threads: expected 1..1024, or 0 for torch.get_num_threads(), got ",
+        threads);
   cpu_threads.store(threads);
 }
 }  // namespace
