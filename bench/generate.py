@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spac.attachment import attach, detach
+from spac.bench import full_size
 from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
 from spac.config import POLICIES, SpacConfig
@@ -31,23 +32,29 @@ COLUMNS = ["experts", "draft", "gamma", "tokens/s", "x plain", "accepted", "toke
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="default: the bundled model")
     parser.add_argument("--draft", metavar="PATH|ngram", help="default: the bundled draft")
-    parser.add_argument("--cache-ratio", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--num-draft-tokens", nargs="+", default=["0", "4", "auto"])
+    parser.add_argument("--cache-ratio", type=float, nargs="+", help="default: 0.25 0.5")
+    parser.add_argument("--num-draft-tokens", nargs="+", help="default: 0 4 auto")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--policy", choices=POLICIES, default="spac")
     parser.add_argument("--prompt", default="import re\n\n\ndef parse(text):\n    ")
+    full_size.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Table:
-    """One row per cache ratio and draft length: the median of at most 3 generations."""
+    """One row per cache ratio and draft length: the median of at most 3 generations.
+
+    With --shape instead the providers of `full_size` at full model size.
+    """
+    if args.shape is not None:
+        return full_size.run(args)
     model, draft, tokenizer = _load(args)
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids
-    gammas = [_gamma(text) for text in args.num_draft_tokens]
+    gammas = [_gamma(text) for text in args.num_draft_tokens or ["0", "4", "auto"]]
     rows: list[list[Any]] = []
     plain, expected = _median(args, model, ids, None, 0)
     rows.append(_row("plain model", "none", None, plain, plain, None, "yes"))
     name = "ngram" if draft == "ngram" else "model"
-    for ratio in progress(args.cache_ratio, "generate"):
+    for ratio in progress(args.cache_ratio or [0.25, 0.5], "generate"):
         helper = draft if isinstance(draft, torch.nn.Module) else None
         config = SpacConfig(policy=args.policy, max_length=ids.shape[1] + args.max_new_tokens + 32)
         attach(model, bytes_for_ratio(model, ratio, config, helper), draft=helper, **asdict(config))

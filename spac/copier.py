@@ -34,11 +34,16 @@ class CopyThread(threading.Thread):
         if self.is_alive():
             self.join()
 
-    def fill(self) -> None:
-        """First residents: the same number of experts in every layer. Before any forward."""
+    def fill(self, scores: np.ndarray | None = None) -> None:
+        """First residents, before any forward: those of the highest score [L, E].
+
+        Without scores the same number of experts in every layer.
+        """
         num_layers, num_experts = self.pool.slot_of.shape
-        for index in range(min(self.pool.num_slots, num_layers * num_experts)):
-            expert, layer = divmod(index, num_layers)
+        if scores is None:
+            scores = np.broadcast_to(-np.arange(num_experts), (num_layers, num_experts))
+        everything = np.ones_like(self.pool.held)
+        for layer, expert in _sorted(scores, everything, descending=True)[: self.pool.num_slots]:
             slot = self.pool.take()
             assert slot is not None
             self._copy(layer, expert, slot)

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,9 @@ class Engine:
         device: torch.device,
         config: SpacConfig,
         costs: CostModel,
+        first: np.ndarray | None = None,
     ) -> None:
+        """first: scores [L, E] of the first fill; default the same number in every layer."""
         layouts = store.layouts
         num_layers, num_experts = len(layouts), layouts[0].num_experts
         self.store, self.config, self.device, self.top_k = store, config, device, top_k
@@ -70,7 +73,7 @@ class Engine:
         try:
             if self._cuda:
                 self._staging = _Staging(config.max_window, layouts[0].hidden, top_k)
-            self.copier.fill()
+            self.copier.fill(first)
         except BaseException:
             self.control.close()
             raise

@@ -1,0 +1,348 @@
+"""Decode speed at full model size: spac beside other ways to run the same weights."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import spac._C  # noqa: F401  (loads the operators)
+from spac import ops
+from spac.attachment import Binding
+from spac.bench.providers import AllOnCpu, AllResident, Counts, EngineProvider, OnDemand, Provider
+from spac.bench.report import Table
+from spac.bench.roofline import Machine, gpu_busy_share, measure_machine, sync
+from spac.bench.synthetic import (
+    DRAFTS,
+    SHAPES,
+    DenseDraft,
+    Draft,
+    NoDraftCost,
+    ReplayedRouting,
+    Synthetic,
+    build,
+    cut,
+    tiled,
+)
+from spac.budget import kv_cache_bytes, parameter_bytes
+from spac.config import POLICIES, SpacConfig, format_bytes, parse_bytes
+from spac.cost import CostModel, measure
+from spac.draft import forget
+from spac.experts import find_experts
+from spac.progress import progress
+from spac.replay import Window, window_counts
+from spac.trace import load_trace
+
+COLUMNS = ["provider", "slots", "gamma", "tokens/s", "ms/step", "draft ms", "TTFT ms", "coverage"]
+COLUMNS += ["GB/token", "GPU busy", "CPU busy", "PCIe busy", "of roofline"]
+PROVIDERS = ("spac", "lru", "static", "cpu", "stream", "resident")
+BASELINES = ("lru", "static", "cpu", "stream")
+_PROFILED = 3  # windows after the timed ones, for the GPU's busy time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "full size", "random weights of a --shape, routing replayed from --trace; --draft is "
+        f"{', '.join(DRAFTS)} or none, --num-draft-tokens and --cache-ratio as above",
+    )  # fmt: skip
+    group.add_argument("--shape", choices=SHAPES, help="model of random weights, not --model")
+    group.add_argument("--trace", metavar="FILE", help="npz routing trace (spac.trace)")
+    group.add_argument("--layers", type=int, help="default: those of the trace")
+    group.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    group.add_argument("--budget", metavar="SIZE", help="GPU bytes in all, not --cache-ratio")
+    group.add_argument("--acceptance", type=float, default=0.7, help="chance of a drafted token")
+    group.add_argument("--tokens", type=int, default=96, help="of the text that is timed")
+    group.add_argument("--warmup", type=int, default=32, help="tokens before them")
+    group.add_argument("--prompt-tokens", type=int, default=512)
+    group.add_argument("--shift", type=int, default=1, help="of expert ids when the trace repeats")
+    group.add_argument("--link", type=float, metavar="GB/S", help="slow copies down to this")
+    group.add_argument("--cpu-threads", type=int, default=0, help="default: torch's")
+    group.add_argument("--seed", type=int, default=0)
+
+
+@dataclass
+class Figures:
+    steps: int
+    tokens: int
+    seconds: float
+    step: float  # median seconds, draft included
+    draft: float  # seconds per window
+    ttft: float
+    counts: Counts
+    gpu_busy: float | None
+
+
+@dataclass
+class Job:
+    """What all providers share."""
+
+    made: Synthetic
+    routing: ReplayedRouting
+    windows: dict[int, list[Window]]  # by gamma
+    prompt: Tensor  # int32 [L, P, k]
+    draft: Draft
+    warmup: int  # tokens
+
+    def forward(self, ids: Tensor, tokens: Tensor, cache: DynamicCache, keep: int = 0) -> Tensor:
+        self.routing.ids = ids
+        return self.made.model(
+            input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=keep
+        ).logits[0]
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> Table:
+    """One row per cache ratio, provider and draft length."""
+    gammas = _check(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    trace = load_trace(args.trace)
+    torch.ops.spac.set_cpu_threads(args.cpu_threads)
+    try:
+        made = build(args.shape, trace, args.layers, device)
+        layers = len(made.store.layouts)
+        text = tiled(trace, args.warmup + args.tokens + 8 * (max(gammas) + 1), args.shift)
+        spare = _PROFILED * (max(gammas) + 1)
+        windows = {
+            gamma: cut(text, args.warmup + args.tokens + spare, gamma, args.acceptance, args.seed)
+            for gamma in gammas
+        }
+        routing = ReplayedRouting(text, layers, device)
+        rows = np.random.default_rng(args.seed).integers(0, text.shape[0], args.prompt_tokens)
+        length = args.prompt_tokens + args.warmup + args.tokens + spare + 2 * max(gammas) + 8
+        job = Job(
+            made,
+            routing,
+            windows,
+            routing.window(text.expert_ids[rows]),
+            _draft(args.draft, made, length),
+            args.warmup,
+        )
+        return _table(args, job, gammas, length)
+    finally:
+        torch.ops.spac.set_cpu_threads(0)
+
+
+def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -> Table:
+    made = job.made
+    layout, device = made.store.layouts[0], made.device
+    machine = measure_machine(made.store.blobs, made.device)
+    costs = measure(layout, device, limit_s=2.0)
+    for _, module in find_experts(made.model):
+        module.__dict__.pop("_spac_binding", None)
+    for index, (_, module) in enumerate(find_experts(made.model)):
+        binding: Any = Binding(job.routing, index)  # type: ignore[arg-type]
+        module.__dict__["_spac_binding"] = binding
+    everything = len(made.store.layouts) * layout.num_experts
+    dense = _dense_bytes(made)
+    rows: list[list[Any]] = []
+    figures: dict[tuple[str, int, int], Figures] = {}
+    notes = _notes(args, job, machine, dense)
+    ratios = _slots(args, made, everything, length)
+    for slots, gamma, name in progress(list(product(ratios, gammas, args.providers)), "full size"):
+        try:
+            make = partial(_provider, name, args, job, slots, costs, gamma)
+            result = _measure(job, make, gamma)
+        except torch.OutOfMemoryError:
+            notes.append(f"{name} at gamma {gamma}: does not fit the GPU")
+            continue
+        figures[name, slots, gamma] = result
+        share = f"{slots / everything:.0%}" if name in ("spac", "lru", "static") else None
+        rows.append([name, share, gamma, *_cells(result, machine, layout.blob_bytes, dense)])
+    notes += _ratios(figures)
+    return Table(list(COLUMNS), rows, f"decode at full size: {args.shape}", notes)
+
+
+def _provider(
+    name: str, args: argparse.Namespace, job: Job, slots: int, costs: CostModel, gamma: int
+) -> Provider:
+    store, device = job.made.store, job.made.device
+    link = args.link and args.link * 1e9
+    if name in ("spac", "static"):
+        hot = None
+        if name == "static":
+            counts = window_counts(job.windows[gamma], store.layouts[0].num_experts)
+            hot = counts[:, job.routing.layers].sum(axis=0)
+        policy = args.policy if name == "spac" else "static"
+        config = SpacConfig(policy=policy, max_window=max(32, gamma + 1))
+        top_k = job.prompt.shape[2]
+        return EngineProvider(store, slots, top_k, device, config, costs, hot, link)
+    if name in ("lru", "stream"):
+        return OnDemand(store, slots if name == "lru" else 0, device, link)
+    return AllOnCpu(store) if name == "cpu" else AllResident(store, device)
+
+
+def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
+    """Prefill, then all windows of `gamma`; those after the warm-up are timed."""
+    device = job.made.device
+    provider = job.routing.provider = make()
+    try:
+        ids = [job.routing.window(w.ids) for w in job.windows[gamma]]
+        vocab = job.made.model.config.vocab_size
+        prompt = torch.randint(0, vocab, (job.prompt.shape[1],), device=device)
+        tokens = torch.randint(0, vocab, (gamma + 1,), device=device)
+        for _ in range(2):  # the first compiles kernels
+            cache = DynamicCache()
+            start = time.perf_counter()
+            int(job.forward(job.prompt, prompt, cache, 1).argmax())
+            ttft = time.perf_counter() - start
+        seconds: list[float] = []
+        drafting: list[float] = []
+        made = text = 0
+        before, began = provider.read(), 0.0
+        stop = len(ids) - _PROFILED
+
+        def step(i: int) -> None:
+            job.draft.run(gamma)
+            logits = job.forward(ids[i], tokens, cache)
+            int(ops.accept_greedy(logits, tokens[1:])[0])
+            kept = job.windows[gamma][i].accepted
+            job.routing.provider.settle(torch.tensor(kept, device=device))
+            forget(cache, gamma - kept)
+
+        for i in range(stop):
+            if not seconds and text >= job.warmup:
+                before, began = provider.read(), time.perf_counter()
+            start = time.perf_counter()
+            step(i)
+            took = time.perf_counter() - start
+            text += job.windows[gamma][i].accepted + 1
+            if began:
+                seconds.append(took)
+                made += job.windows[gamma][i].accepted + 1
+        elapsed = time.perf_counter() - began
+        counts = provider.read() - before
+        for _ in range(3 if gamma else 0):
+            sync(device)
+            start = time.perf_counter()
+            job.draft.run(gamma)
+            sync(device)
+            drafting.append(time.perf_counter() - start)
+        draft = statistics.median(drafting) if drafting else 0.0
+        busy = gpu_busy_share(device, partial(_each, step, range(stop, len(ids))))
+        median = statistics.median(seconds)
+        return Figures(len(seconds), made, elapsed, median, draft, ttft, counts, busy)
+    finally:
+        provider.close()
+        del provider, job.routing.provider
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _each(step: Callable[[int], None], indices: range) -> None:
+    for i in indices:
+        step(i)
+
+
+def _cells(f: Figures, machine: Machine, blob: int, dense: int) -> list[Any]:
+    c, verify = f.counts, f.step - f.draft
+    sides = {
+        "CPU": c.cpu_experts * blob / machine.read,
+        "link": c.moved / machine.link,
+        "GPU": (c.gpu_experts * blob + dense * f.steps) / machine.memory,
+    }
+    return [
+        f.tokens / f.seconds,
+        f.step * 1e3,
+        f.draft * 1e3,
+        f.ttft * 1e3,
+        c.resident_pairs / max(c.pairs, 1),
+        c.moved / f.tokens / 1e9,
+        f.gpu_busy,
+        c.cpu_seconds / f.seconds,
+        sides["link"] / f.seconds,
+        max(sides.values()) / f.steps / verify,
+    ]
+
+
+def _ratios(figures: dict[tuple[str, int, int], Figures]) -> list[str]:
+    """The paper's two margins, per cache ratio."""
+    notes = []
+    speed = {key: f.tokens / f.seconds for key, f in figures.items()}
+    for slots in dict.fromkeys(s for _, s, _ in speed):
+        mine = {g: v for (name, s, g), v in speed.items() if name == "spac" and s == slots}
+        if not mine:
+            continue
+        gamma = max(mine, key=lambda g: mine[g])
+        text = f"{slots} slots: spac is fastest at gamma {gamma}"
+        others = [(n, g, v) for (n, s, g), v in speed.items() if s == slots and n in BASELINES]
+        drafted = [(v, n) for n, g, v in others if g]
+        plain = [v for _, g, v in others if not g]
+        if drafted:
+            text += f", x {mine[gamma] / max(drafted)[0]:.2f} the best with SD ({max(drafted)[1]})"
+        if plain:
+            text += f", x {mine[gamma] / statistics.mean(plain):.2f} the mean without SD"
+        notes.append(text)
+    return notes
+
+
+def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> list[str]:
+    made, layout = job.made, job.made.store.layouts[0]
+    trace = job.routing.trace
+    draft = "costs nothing"
+    if isinstance(job.draft, DenseDraft):
+        how = "in a CUDA graph" if job.draft.captured else f"eager ({job.draft.reason})"
+        draft = f"is a dense {args.draft} of random weights, {how}"
+    return [
+        "shapes, bytes, routing locality and timing are real; weights are random, so text is not",
+        f"{len(made.store.layouts)} layers, {layout.num_experts} experts, top-{trace.shape[2]} as "
+        f"recorded, {format_bytes(made.store.nbytes)} of experts, {format_bytes(dense)} dense; made"
+        f" in {made.seconds:.1f} s",
+        f"routing of {trace.model or args.trace}, ids moved on by {args.shift} when it repeats; "
+        f"each drafted token accepted with chance {args.acceptance}; the draft {draft}",
+        f"{args.tokens} tokens timed after {args.warmup}; prompt of {args.prompt_tokens}; "
+        "static knows its hot set from the same text (hindsight)",
+        f"measured: CPU reads {machine.read / 1e9:.1f} GB/s, link {machine.link / 1e9:.1f} GB/s, "
+        f"GPU memory {machine.memory / 1e9:.0f} GB/s; of roofline: the slowest of these for the "
+        "bytes that the provider itself touched / the verify step without draft",
+        "PCIe busy: bytes / link; CPU busy: seconds in the CPU kernels; GPU busy: kernel time in "
+        f"{_PROFILED} profiled windows"
+        + (f"; copies at most {args.link} GB/s" if args.link else ""),
+    ]
+
+
+def _check(args: argparse.Namespace) -> list[int]:
+    if args.trace is None:
+        raise ValueError("--shape: needs --trace FILE, the routing to replay")
+    if args.draft not in (None, "none", *DRAFTS):
+        raise ValueError(f"--draft: expected {', '.join(DRAFTS)} or none, got {args.draft}")
+    texts = args.num_draft_tokens or ["0", "8"]
+    if not all(text.isdigit() for text in texts):
+        raise ValueError(f"--num-draft-tokens: with --shape numbers only, got {' '.join(texts)}")
+    for name in ("tokens", "prompt_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
+    if args.policy not in POLICIES:
+        raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {args.policy}")
+    return list(dict.fromkeys(map(int, texts)))
+
+
+def _slots(args: argparse.Namespace, made: Synthetic, everything: int, length: int) -> list[int]:
+    if args.budget is None:
+        return [max(round(ratio * everything), 1) for ratio in args.cache_ratio or [0.17]]
+    total, slot = parse_bytes(args.budget), made.store.layouts[0].blob_bytes
+    fixed = _dense_bytes(made) + kv_cache_bytes(made.model.config, length, 2)
+    if total < fixed + slot:
+        raise ValueError(f"--budget: {format_bytes(fixed + slot)} needed, got {args.budget}")
+    return [min((total - fixed) // slot, everything)]
+
+
+def _dense_bytes(made: Synthetic) -> int:
+    experts = {id(p) for _, module in find_experts(made.model) for p in module.parameters()}
+    return parameter_bytes(made.model, experts)
+
+
+def _draft(name: str | None, made: Synthetic, length: int) -> Draft:
+    if name in (None, "none"):
+        return NoDraftCost()
+    return DenseDraft(str(name), made.model.config.vocab_size, made.device, length)

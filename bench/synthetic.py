@@ -1,0 +1,238 @@
+"""Full-size models with random weights, whose routing is replayed from a real trace.
+
+Shapes, bytes, routing locality and timing are real; the text is not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    StaticCache,
+)
+
+import spac.hf  # noqa: F401  (registers the backend)
+from spac.config import format_bytes
+from spac.experts import expert_layout, find_experts
+from spac.layout import ExpertLayout
+from spac.progress import progress
+from spac.replay import Window, WindowSource
+from spac.store import HostStore
+from spac.trace import Trace
+
+# Fields of transformers configs; experts and top-k come from the trace.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    "small": {
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+    },
+}
+# (layers, hidden, intermediate, heads, key-value heads) of Qwen3-0.6B, Qwen3-4B and a test draft.
+DRAFTS = {
+    "0.6b": (28, 1024, 3072, 16, 8),
+    "4b": (36, 2560, 9728, 32, 8),
+    "small": (2, 32, 64, 2, 2),
+}
+_STD = 0.02
+
+
+@dataclass
+class Synthetic:
+    """A model on `device` whose experts lie in `store` alone."""
+
+    model: PreTrainedModel
+    store: HostStore
+    device: torch.device
+    seconds: float  # of making it
+
+
+def build(shape: str, trace: Trace, layers: int | None, device: torch.device) -> Synthetic:
+    """Random weights in bf16, made on `device`; experts go straight into the host store.
+
+    `layers` decoder layers (default: as many as the trace has). Raises ValueError if the experts
+    do not fit the free host memory.
+    """
+    start = time.perf_counter()
+    config = Qwen3MoeConfig(
+        **SHAPES[shape],
+        num_hidden_layers=layers or trace.shape[1],
+        num_experts=trace.num_experts,
+        num_experts_per_tok=trace.shape[2],
+        norm_topk_prob=True,
+        max_position_embeddings=40960,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    experts = [module for _, module in find_experts(model)]
+    layouts = [expert_layout(module) for module in experts]
+    _check_memory(sum(layout.num_experts * layout.blob_bytes for layout in layouts))
+    skip = {id(p) for module in experts for p in module.parameters()}
+    _materialise(model, device, skip)
+    store = HostStore(layouts, pin=device.type == "cuda")
+    shown = sum(layout.num_experts * layout.blob_bytes for layout in layouts) > 1 << 30
+    for layout in progress(layouts, "random experts into the host store", show=shown):
+        _fill(store.allocate(), layout, device)
+    model.set_experts_implementation("spac")
+    return Synthetic(model, store, device, time.perf_counter() - start)
+
+
+def _fill(blobs: Tensor, layout: ExpertLayout, device: torch.device) -> None:
+    flat = blobs.view(layout.dtype)
+    weights = torch.empty(flat.shape[1], dtype=layout.dtype, device=device)
+    for blob in flat:  # one expert at a time: the Python heap holds none of it
+        blob.copy_(weights.normal_(0, _STD), non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _materialise(model: PreTrainedModel, device: torch.device, skip: set[int]) -> None:
+    """Give the parameters of a model on "meta" random values on `device`."""
+    for name, parameter in list(model.named_parameters()):
+        if id(parameter) in skip:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        value.normal_(0, _STD) if parameter.dim() > 1 else value.fill_(1)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=model.config).to(device)
+
+
+def _check_memory(nbytes: int) -> None:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    if nbytes > 0.95 * free:
+        raise ValueError(
+            f"--layers: {format_bytes(nbytes)} of experts do not fit the "
+            f"{format_bytes(free)} of free host memory; take fewer"
+        )
+
+
+class Draft(Protocol):
+    """Proposes tokens; here only its time matters."""
+
+    captured: bool
+
+    def run(self, gamma: int) -> None: ...
+
+
+class NoDraftCost:
+    """Drafted tokens cost nothing (prompt lookup)."""
+
+    captured = True
+
+    def run(self, gamma: int) -> None:
+        pass
+
+
+class DenseDraft:
+    """A dense Qwen3 of random weights; one greedy step is a CUDA graph where that works."""
+
+    def __init__(self, shape: str, vocab: int, device: torch.device, length: int) -> None:
+        layers, hidden, inter, heads, kv = DRAFTS[shape]
+        config = Qwen3Config(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=inter,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            head_dim=128 if hidden > 64 else 16,
+            tie_word_embeddings=True,
+        )
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        self.model.lm_head.weight = self.model.model.embed_tokens.weight
+        _materialise(self.model, device, set())
+        self.model.lm_head.weight = self.model.model.embed_tokens.weight
+        self.cache = StaticCache(config=config, max_cache_len=length)
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.captured, self.reason = False, "no CUDA graphs on a CPU"
+        self._step()
+        if device.type == "cuda":
+            self._capture()
+
+    def _step(self) -> None:
+        logits = self.model(input_ids=self.token, past_key_values=self.cache).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+
+    def _capture(self) -> None:
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step()
+            self.captured = True
+        except RuntimeError as error:
+            self.reason = str(error).splitlines()[0]
+
+    def run(self, gamma: int) -> None:
+        """`gamma` greedy steps; the cache keeps the length that it had."""
+        for _ in range(gamma):
+            self.graph.replay() if self.captured else self._step()
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(gamma)
+
+
+class ReplayedRouting:
+    """Stands between the model and who runs its experts: replaces the router's choice."""
+
+    def __init__(self, trace: Trace, layers: int, device: torch.device) -> None:
+        self.trace, self.device = trace, device
+        self.layers = [layer % trace.shape[1] for layer in range(layers)]
+        self.ids = torch.empty(0)  # int32 [L, T, k] of the forward to come
+        self.provider: Any = None
+
+    def window(self, rows: np.ndarray) -> Tensor:
+        """ids [W, layers of the trace, k] as `ids` wants them, on the device."""
+        mapped = rows[:, self.layers].astype(np.int32).transpose(1, 0, 2)
+        return torch.from_numpy(np.ascontiguousarray(mapped)).to(self.device)
+
+    def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.provider.forward(layer, hidden, self.ids[layer], weights)
+
+
+def tiled(trace: Trace, tokens: int, shift: int) -> Trace:
+    """At least `tokens` tokens: the trace again and again, expert ids moved on by `shift`."""
+    repeats = math.ceil(tokens / trace.shape[0])
+    ids = trace.expert_ids.astype(np.int16)
+    parts = [(ids + r * shift) % trace.num_experts for r in range(repeats)]
+    return Trace(np.concatenate(parts).astype(np.int16), trace.num_experts, model=trace.model)
+
+
+def cut(trace: Trace, tokens: int, gamma: int, acceptance: float, seed: int) -> list[Window]:
+    """Windows of gamma + 1 rows over the first `tokens` tokens of text."""
+    source = WindowSource(trace, acceptance, "next", seed)
+    windows, made = [], 0
+    while made < tokens and (window := source.draw(gamma)) is not None:
+        windows.append(window)
+        made += window.accepted + 1
+    return windows
