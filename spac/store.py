@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,10 @@ class HostStore:
         self.blobs: list[Tensor] = []
         self._pin = pin
         self._pinned: list[Tensor] = []
+        # Also when a model dies attached: pages that are unmapped while they are locked stay so,
+        # and the next mapping at their address cannot be locked.
+        self._unlock = weakref.finalize(self, _unlock, self._pinned)
+        self._unlock.atexit = False  # CUDA may be gone by then
 
     def allocate(self) -> Tensor:
         """Zeroed blobs uint8 [E, blob_bytes] for the next layer, page-locked if this store is."""
@@ -109,10 +114,14 @@ class HostStore:
 
     def close(self) -> None:
         """Release the page locks; nothing may be copying from the store any more."""
-        for blobs in self._pinned:
-            if int(torch.cuda.cudart().cudaHostUnregister(blobs.data_ptr())) != 0:
-                _clear_cuda_error()
-        self._pinned.clear()
+        _unlock(self._pinned)
+
+
+def _unlock(pinned: list[Tensor]) -> None:
+    while pinned:
+        blobs = pinned.pop()
+        if int(torch.cuda.cudart().cudaHostUnregister(blobs.data_ptr())) != 0:
+            _clear_cuda_error()
 
 
 def _clear_cuda_error() -> None:

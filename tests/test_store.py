@@ -61,3 +61,25 @@ def test_a_refused_page_lock_is_one_line_and_leaves_cuda_usable():
         store._register(blobs)
     assert torch.ones(3, device="cuda").sum() == 3
     store.close()
+
+
+def test_a_store_that_dies_unlocks_its_pages_first(monkeypatch):
+    locked = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address, nbytes, flags):
+            locked[address] = nbytes
+            return 0
+
+        def cudaHostUnregister(self, address):
+            return 0 if locked.pop(address, None) else 1
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    store = HostStore(layouts(2), pin=True)
+    for _ in store.layouts:
+        store.allocate()
+    assert len(locked) == 2
+    store.cycle = store  # as a model and its engine are
+    del store
+    gc.collect()
+    assert not locked
