@@ -54,11 +54,11 @@ def _routing(
 ) -> list[str]:
     """Routing and verify in one launch, and transformers' routing operators without verify."""
     logits = [torch.randn(W, 128, device=DEV) for _ in range(8)]
-    arrived = torch.zeros(1, dtype=torch.int32, device=DEV)
+    progress = torch.zeros(4, dtype=torch.int32, device=DEV)
 
     def ours(r: int) -> Any:
         return route.route_verify(
-            logits[r], 8, True, address, utility, bounds, counters, arrived, 5
+            logits[r], 8, True, address, utility, bounds, counters, progress, 5
         )
 
     def peer(r: int) -> Any:

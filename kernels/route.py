@@ -1,7 +1,7 @@
 """Top-k softmax routing and the verify step behind it, in one launch.
 
-A program routes one token; the last one to arrive verifies the whole window. The router's small
-operators (softmax, top-k, renormalisation) would cost more than the experts of one token.
+The first programs route a few tokens each, the others wait for them and do the work of `verify`.
+Programs take their roles in the order in which they start, so those that are waited for run.
 """
 
 from __future__ import annotations
@@ -11,9 +11,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spac.kernels import verify as verify_kernel
 from spac.kernels.verify import Outputs, check_state, count_experts, empty_outputs, split_pairs
 
-MAX_PAIRS = 1024  # beyond, one program would verify for longer than a second launch takes
+ROWS = 4  # tokens of a routing program: one for each of its warps
+
+
+@triton.jit
+def _route(
+    row0,
+    logits_ptr,
+    stride_w,
+    weights_ptr,
+    ids_ptr,
+    W,
+    E,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Weights and ids of ROWS tokens from row0 on."""
+    rows = row0 + tl.arange(0, ROWS)
+    offs_e = tl.arange(0, EXPERTS)[None, :]
+    offs_j = tl.arange(0, CHOICES)[None, :]
+    mask = (rows < W)[:, None] & (offs_e < E)
+    logits = tl.load(logits_ptr + rows[:, None] * stride_w + offs_e, mask=mask, other=0.0)
+    logits = tl.where(offs_e < E, logits.to(tl.float32), float("-inf"))
+    exps = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    left = tl.where(offs_e < E, exps / tl.sum(exps, axis=1)[:, None], -1.0)
+    weights = tl.zeros((ROWS, CHOICES), tl.float32)
+    ids = tl.zeros((ROWS, CHOICES), tl.int32)
+    for j in tl.static_range(K):
+        best = tl.max(left, axis=1)[:, None]
+        e = tl.min(tl.where(left == best, offs_e, EXPERTS), axis=1)[:, None]  # lowest of equals
+        weights = tl.where(offs_j == j, best, weights)
+        ids = tl.where(offs_j == j, e, ids)
+        left = tl.where(offs_e == e, -1.0, left)
+    if NORMALIZE:
+        weights = weights / tl.sum(weights, axis=1)[:, None]
+    mask = (rows < W)[:, None] & (offs_j < K)
+    tl.store(weights_ptr + rows[:, None] * K + offs_j, weights, mask=mask)
+    tl.store(ids_ptr + rows[:, None] * K + offs_j, ids, mask=mask)
 
 
 @triton.jit
@@ -22,7 +62,7 @@ def _route_verify_kernel(
     stride_w,
     weights_ptr,
     ids_ptr,
-    arrived_ptr,
+    progress_ptr,
     address_ptr,
     utility_ptr,
     bounds_ptr,
@@ -33,50 +73,50 @@ def _route_verify_kernel(
     order_ptr,
     offsets_ptr,
     max_utility,
+    W,
     num_pairs,
     E,
+    blocks_r,
+    blocks_p,
     K: tl.constexpr,
     CHOICES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid (W,)."""
-    w = tl.program_id(0)
-    offs_e = tl.arange(0, EXPERTS)
-    offs_j = tl.arange(0, CHOICES)
-    mask_e = offs_e < E
-    logits = tl.load(logits_ptr + w * stride_w + offs_e, mask=mask_e, other=float("-inf"))
-    logits = logits.to(tl.float32)
-    exps = tl.exp(logits - tl.max(logits, axis=0))
-    left = tl.where(mask_e, exps / tl.sum(exps, axis=0), -1.0)
-    weights = tl.zeros((CHOICES,), tl.float32)
-    ids = tl.zeros((CHOICES,), tl.int32)
-    for j in tl.static_range(K):
-        best = tl.max(left, axis=0)
-        e = tl.min(tl.where(left == best, offs_e, EXPERTS), axis=0)  # the lowest of equals
-        weights = tl.where(offs_j == j, best, weights)
-        ids = tl.where(offs_j == j, e, ids)
-        left = tl.where(offs_e == e, -1.0, left)
-    if NORMALIZE:
-        weights = weights / tl.sum(weights, axis=0)
-    tl.store(weights_ptr + w * K + offs_j, weights, mask=offs_j < K)
-    tl.store(ids_ptr + w * K + offs_j, ids, mask=offs_j < K)
-    tl.debug_barrier()  # every thread has stored before one of them says so
-    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
-    if arrived == tl.num_programs(0) - 1:
-        tl.store(arrived_ptr, 0)
-        for p0 in range(0, num_pairs, BLOCK):
+    """Grid (blocks of tokens + blocks of pairs + blocks of the experts and their end,).
+
+    progress: programs started, routing programs done, programs done.
+    """
+    role = tl.atomic_add(progress_ptr, 1, sem="relaxed")
+    if role < blocks_r:
+        _route(
+            role * ROWS, logits_ptr, stride_w, weights_ptr, ids_ptr, W, E, K, CHOICES, NORMALIZE,
+            EXPERTS, ROWS,
+        )  # fmt: skip
+        tl.debug_barrier()  # every thread has stored before one of them says so
+        tl.atomic_add(progress_ptr + 1, 1, sem="release")
+    else:
+        routed = tl.atomic_add(progress_ptr + 1, 0, sem="acquire")
+        while routed < blocks_r:
+            routed = tl.atomic_add(progress_ptr + 1, 0, sem="acquire")
+        tl.debug_barrier()
+        if role < blocks_r + blocks_p:
             split_pairs(
-                p0 + tl.arange(0, BLOCK), ids_ptr, address_ptr, resident_ptr, cpu_ptr, order_ptr,
-                num_pairs, E, BLOCK, CHUNK,
+                (role - blocks_r) * BLOCK_P + tl.arange(0, BLOCK_P), ids_ptr, address_ptr,
+                resident_ptr, cpu_ptr, order_ptr, num_pairs, E, BLOCK_P, CHUNK,
             )  # fmt: skip
-        for e0 in range(0, E + 1, BLOCK):
+        else:
             count_experts(
-                e0 + tl.arange(0, BLOCK), ids_ptr, address_ptr, utility_ptr, bounds_ptr,
-                counters_ptr, counts_ptr, offsets_ptr, max_utility, num_pairs, E, BLOCK, CHUNK,
+                (role - blocks_r - blocks_p) * BLOCK_E + tl.arange(0, BLOCK_E), ids_ptr,
+                address_ptr, utility_ptr, bounds_ptr, counters_ptr, counts_ptr, offsets_ptr,
+                max_utility, num_pairs, E, BLOCK_E, CHUNK,
             )  # fmt: skip
+    if tl.atomic_add(progress_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(progress_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int32))
 
 
 def route_verify(
@@ -87,44 +127,55 @@ def route_verify(
     utility: Tensor,
     bounds: Tensor,
     counters: Tensor,
-    arrived: Tensor,
+    progress: Tensor,
     max_utility: int,
 ) -> tuple[Tensor, Tensor, Outputs]:
     """As `spac.reference.route` and then `verify` on its ids; arguments as of `ops.route_verify`.
 
-    Raises ValueError for more than MAX_PAIRS pairs.
+    Raises ValueError if the arguments do not fit each other.
     """
     check_state(address, utility, bounds, counters)
     (W, E), device = logits.shape, logits.device
-    if E != address.numel() or not 1 <= top_k <= E or W * top_k > MAX_PAIRS:
+    if E != address.numel() or not 1 <= top_k <= E:
         raise ValueError(
-            f"route_verify: expected logits [W, {address.numel()}], top_k in 1..{E} and at most "
-            f"{MAX_PAIRS} pairs, got {list(logits.shape)} and top_k {top_k}"
+            f"route_verify: expected logits [W, {address.numel()}] and top_k in 1..{E}, "
+            f"got {list(logits.shape)} and top_k {top_k}"
+        )
+    if progress.dtype != torch.int32 or progress.numel() != 4:
+        raise ValueError(
+            f"progress: expected int32 [4], got {progress.dtype} {list(progress.shape)}"
         )
     weights = torch.empty(W, top_k, dtype=torch.float32, device=device)
     ids = torch.empty(W, top_k, dtype=torch.int32, device=device)
     outputs = empty_outputs(ids.shape, E, device)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    _route_verify_kernel[(W,)](
+    pairs, block_p, block_e = W * top_k, verify_kernel.BLOCK_P, verify_kernel.BLOCK_E
+    blocks_r, blocks_p = triton.cdiv(W, ROWS), triton.cdiv(pairs, block_p)
+    _route_verify_kernel[(blocks_r + blocks_p + triton.cdiv(E + 1, block_e),)](
         logits,
         logits.stride(0),
         weights,
         ids,
-        arrived,
+        progress,
         address,
         utility,
         bounds,
         counters,
         *outputs,
         max_utility,
-        num_pairs=W * top_k,
+        W=W,
+        num_pairs=pairs,
         E=E,
+        blocks_r=blocks_r,
+        blocks_p=blocks_p,
         K=top_k,
         CHOICES=triton.next_power_of_2(top_k),
         NORMALIZE=normalize,
         EXPERTS=triton.next_power_of_2(E),
-        BLOCK=32,
-        CHUNK=min(256, max(16, triton.next_power_of_2(W * top_k))),
-        num_warps=8 if W * top_k > 128 else 4,
+        ROWS=ROWS,
+        BLOCK_P=block_p,
+        BLOCK_E=block_e,
+        CHUNK=min(512, max(16, triton.next_power_of_2(pairs))),
+        num_warps=ROWS,
     )
     return weights, ids, outputs

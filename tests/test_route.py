@@ -21,8 +21,8 @@ def test_is_route_and_verify(W, k, E, normalize, dtype, device):
     torch.manual_seed(W + E)
     logits = torch.randn(W, E, device=device).to(dtype)
     address, utility, bounds, counters = state(E, device)
-    arrived = torch.zeros(1, dtype=torch.int32, device=device)
-    own = (utility.clone(), bounds, counters.clone(), arrived)
+    progress = torch.zeros(4, dtype=torch.int32, device=device)
+    own = (utility.clone(), bounds, counters.clone(), progress)
     weights, ids, outputs = ops.route_verify(logits, k, normalize, address, *own, backend="triton")
     truth_weights, truth_ids = reference.route(logits, k, normalize)
     truth = reference.verify(truth_ids, address, utility, bounds, counters, 5)
@@ -31,7 +31,7 @@ def test_is_route_and_verify(W, k, E, normalize, dtype, device):
     for ours, expected in zip(outputs, truth, strict=True):
         assert torch.equal(ours, expected)
     assert torch.equal(own[0], utility) and torch.equal(own[2], counters)
-    assert arrived.item() == 0
+    assert not progress.any()
 
 
 def test_is_the_router_of_transformers(tiny_moe, device):
@@ -40,16 +40,16 @@ def test_is_the_router_of_transformers(tiny_moe, device):
     x = torch.randn(7, model.config.hidden_size, device=device)
     logits, scores, chosen = router(x)
     state_of = state(model.config.num_experts, device)
-    arrived = torch.zeros(1, dtype=torch.int32, device=device)
+    progress = torch.zeros(4, dtype=torch.int32, device=device)
     raw = x @ router.weight.T  # what the router returns may be logits or probabilities
-    weights, ids, _ = ops.route_verify(raw, 4, True, *state_of, arrived, backend="triton")
+    weights, ids, _ = ops.route_verify(raw, 4, True, *state_of, progress, backend="triton")
     assert torch.equal(ids.long(), chosen.reshape(7, -1)[:, :4])
     torch.testing.assert_close(weights, scores.reshape(7, -1)[:, :4])
 
 
-def test_too_many_pairs_are_refused(device):
+def test_what_does_not_fit_is_refused(device):
     state_of = state(64, device)
-    arrived = torch.zeros(1, dtype=torch.int32, device=device)
-    logits = torch.randn(300, 64, device=device)
-    with pytest.raises(ValueError, match="at most 1024 pairs"):
-        ops.route_verify(logits, 4, True, *state_of, arrived, backend="triton")
+    progress = torch.zeros(4, dtype=torch.int32, device=device)
+    logits = torch.randn(3, 60, device=device)
+    with pytest.raises(ValueError, match=r"expected logits \[W, 64\] .* got \[3, 60\]"):
+        ops.route_verify(logits, 4, True, *state_of, progress, backend="triton")
