@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,6 +157,11 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         except torch.OutOfMemoryError:
             notes.append(f"{name} at gamma {gamma}: does not fit the GPU")
             continue
+        except KeyboardInterrupt:
+            notes.append(f"interrupted at {name}, gamma {gamma}")
+            break
+        speed = result.tokens / result.seconds
+        print(f"{name}, gamma {gamma}: {speed:.3g} tokens/s", file=sys.stderr, flush=True)
         figures[name, slots, gamma] = result
         share = f"{slots / everything:.0%}" if name in ("spac", "lru", "static") else None
         rows.append([name, share, gamma, *_cells(result, machine, layout.blob_bytes, dense)])
