@@ -49,7 +49,7 @@ SHAPES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = ["tokens", "provider", "us", "GB/s", "TFLOP/s", "x floor", "x best peer", "error"]
-PROVIDERS = ("spac", "grouped_mm", "batched_mm", "torch")
+PROVIDERS = ("spac", "grouped_mm", "batched_mm", "vllm", "torch")
 Call = Callable[[int], Any]
 
 
@@ -135,6 +135,12 @@ def make_provider(name: str, p: Problem) -> Call:
         )
     if name == "torch":
         return lambda r: p.truth(r, layout.dtype)
+    if name == "vllm":
+        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+        if layout.activation != "silu" or layout.transposed or layout.interleaved or layout.bias:
+            raise RuntimeError("vllm: its fused_experts has another layout")
+        return lambda r: fused_experts(p.x[r], *p.params, p.weights[r], p.ids[r])
     from transformers.integrations import moe
 
     forward = getattr(moe, f"{name}_experts_forward")
@@ -229,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 9, 32, 256, 1024, 4096])
     parser.add_argument("--plot", metavar="FILE", help="roofline picture")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS[:3])
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS[:4])
 
 
 def run(args: argparse.Namespace) -> Table:
@@ -258,7 +264,7 @@ def run(args: argparse.Namespace) -> Table:
                 call = make_provider(name, p)
                 errors[name] = relative_error(call(0), p)
                 times[name] = (graph_seconds if device == "cuda" else cpu_seconds)(call)
-            except (ImportError, AttributeError, RuntimeError) as error:
+            except (ImportError, AttributeError, RuntimeError, TypeError) as error:
                 notes.append(f"{name} at {tokens}: skipped, {str(error).splitlines()[0]}")
         if not errors.get("spac", 0.0) < {4: 1e-5, 2: 2e-2}[layout.dtype.itemsize]:
             raise ValueError(f"spac at {tokens} tokens: error {errors['spac']:.1e}, not timed")
