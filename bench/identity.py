@@ -206,7 +206,8 @@ class _Bench:
         eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
         try:
             ids = prompt[None]
-            return model.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0)
+            options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+            return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
         finally:
             model.generation_config.eos_token_id = eos
 

@@ -86,7 +86,9 @@ class HostStore:
         for name, (offset, shape) in layout.sections().items():
             strides = torch.empty(shape, device="meta").stride()
             views[name] = flat.as_strided(
-                (layout.num_experts, *shape), (flat.stride(0), *strides), offset // size
+                (layout.num_experts, *shape),
+                (flat.stride(0), *strides),
+                flat.storage_offset() + offset // size,  # huge pages: blobs start inside a mapping
             )
         return views
 

@@ -42,6 +42,25 @@ def layouts(count):
     return [ExpertLayout(3, hidden, inter, torch.float32) for hidden, inter in sizes]
 
 
+@pytest.mark.parametrize("intermediate", [3, 1500], ids=["small pages", "huge pages"])
+def test_views_lie_where_the_tables_point(intermediate):
+    layout = ExpertLayout(3, 64, intermediate, torch.float32, bias=True)
+    store = HostStore([layout], pin=False)
+    weights = {name: torch.randn(3, *shape) for name, (_, shape) in layout.sections().items()}
+    parameters = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
+    store.adopt(parameters)
+    base = store.blobs[0].data_ptr()
+    assert base % (2 << 20) == 0 or store.nbytes < 2 << 20
+    table = store.table(0)
+    assert parameters["gate_up"].data_ptr() == base == table.address[0]
+    assert parameters["down"].data_ptr() == base + table.down_offset
+    for expert, blob in enumerate(store.blobs[0].view(torch.float32)):
+        for name, (offset, shape) in layout.sections().items():
+            held = blob[offset // 4 :][: torch.Size(shape).numel()].view(shape)
+            assert torch.equal(held, weights[name][expert]), name
+            assert torch.equal(held, parameters[name][expert])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page locks need CUDA")
 def test_many_small_stores_lock_their_pages():
     stores = [HostStore(layouts(2), pin=True) for _ in range(5)]
