@@ -91,6 +91,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=1, help="sampled text depends on it alone")
     parser.add_argument("--policy", default="spac", help="what decides residency (spac.config)")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="routing trace whose most used experts fill the slots"
+    )
 
 
 class _Session:
@@ -132,7 +135,7 @@ class _Session:
         ratio = args.cache_ratio or (0.25 if args.demo and budget is None else None)
         if ratio is not None:
             budget = bytes_for_ratio(self.model, ratio, settings, helper)
-        attach(self.model, budget, draft=helper, **asdict(settings))
+        attach(self.model, budget, draft=helper, profile=args.profile, **asdict(settings))
         temperature, top_p = (0.8, 0.95) if args.demo else (1.0, 1.0)
         self.options = {
             "max_new_tokens": args.max_new_tokens,

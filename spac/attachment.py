@@ -27,6 +27,7 @@ from spac.experts import (
 from spac.layout import ExpertLayout
 from spac.progress import progress
 from spac.store import HostStore
+from spac.trace import Trace, load_trace
 
 _SHOW_FROM = 4 << 30  # bytes of experts from which moving them takes seconds
 
@@ -74,6 +75,7 @@ def attach(
     *,
     draft: PreTrainedModel | None = None,
     device: str | torch.device | None = None,
+    profile: Trace | str | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Run the experts of `model` through spac within `gpu_budget` bytes of GPU memory.
@@ -82,10 +84,11 @@ def attach(
     that model, draft, KV cache and slots may take ("8GiB" or a number); None gives every expert a
     slot on a GPU, and on a machine without one runs the CPU kernels directly, with no slots.
     draft: a draft model that will be used and must fit the budget too; it moves to the device.
-    device: where the slots are; default "cuda" if there is one. settings: see
+    device: where the slots are; default "cuda" if there is one. profile: a routing trace of this
+    model, or its file; the experts that it used most fill the slots first. settings: see
     `spac.config.SpacConfig`. Returns `model`, whose parameters no longer require gradients until
     `spac.detach(model)`. Raises ValueError (already attached, no experts, a budget too small, an
-    unsupported layout by name).
+    unsupported layout by name, a trace of another model).
     """
     config = SpacConfig(**settings)
     if attachment(model) is not None:
@@ -97,6 +100,11 @@ def attach(
     if len({layout.num_experts for layout in layouts}) > 1:
         raise UnsupportedLayout(f"{type(model).__name__}: layers with different numbers of experts")
     _check_devices(model)
+    first = None
+    if profile is not None:
+        trace = profile if isinstance(profile, Trace) else load_trace(profile)
+        trace.check_model(len(layouts), layouts[0].num_experts, router_top_k(model))
+        first = trace.counts()
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     implementation = model.config._experts_implementation
     if target.type == "cpu" and gpu_budget is None:
@@ -117,7 +125,8 @@ def attach(
         for layer in progress(parameters, "host store", show=experts_bytes > _SHOW_FROM):
             store.adopt(layer)
         costs = _measured(layouts[0], target)
-        state.engine = Engine(store, budget.slots, router_top_k(model), target, config, costs)
+        top_k = router_top_k(model)
+        state.engine = Engine(store, budget.slots, top_k, target, config, costs, first)
         _move_dense(model, {n: target for n in state.devices}, expert_ids)
         if draft is not None:
             state.draft = (draft, next(draft.parameters()).device)

@@ -87,6 +87,14 @@ class Trace:
                 f" the model has {num_layers} x {num_experts}, top-{k}"
             )
 
+    def counts(self) -> NDArray[np.int64]:
+        """How often each expert was chosen, [layers, experts]."""
+        layers = range(self.shape[1])
+        rows = [
+            np.bincount(self.expert_ids[:, i].ravel(), minlength=self.num_experts) for i in layers
+        ]
+        return np.stack(rows)
+
     def windows(self, size: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield ids [W, layers, k]: windows of `size` tokens, the last possibly shorter.
 

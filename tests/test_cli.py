@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from spac.__main__ import main
+from spac.attachment import attachment
+from spac.budget import bytes_for_ratio
+from spac.config import SpacConfig
 from spac.loading import from_pretrained
 from spac.status import stats
 from spac.testing import fault
@@ -68,6 +71,27 @@ def test_trace(checkpoint, tmp_path, capsys):
     trace.check_model(3, 16, 4)
     with pytest.raises(ValueError):
         trace.check_model(4, 16, 4)
+
+
+def test_a_profile_fills_the_slots(checkpoint, tiny_moe, tmp_path, capsys):
+    file = tmp_path / "routing.npz"
+    run(capsys, "trace", "--model", checkpoint, *PROMPT, *SHORT, "--output", file)
+    counts = load_trace(file).counts()
+    assert counts.shape == (3, 16) and counts.sum() == 16 * 3 * 4
+    budget = bytes_for_ratio(tiny_moe(), 0.25, SpacConfig(max_length=64))
+    settings = {"max_length": 64, "policy": "static", "profile": str(file)}
+    model = from_pretrained(checkpoint, budget, **settings)
+    resident = attachment(model).engine.pool.slot_of >= 0
+    assert resident.sum() == 12 and counts[resident].min() >= counts[~resident].max()
+    code, out, _ = run(
+        capsys, "generate", "--model", checkpoint, *PROMPT, *SHORT, "--cache-ratio", 0.3,
+        "--profile", file,
+    )  # fmt: skip
+    assert code == 0 and "coverage" in out
+    tiny_moe(num_experts=8).save_pretrained(checkpoint)
+    code, _, err = run(capsys, "generate", "--model", checkpoint, *PROMPT, "--profile", file)
+    assert code == 2 and err.count("\n") == 1
+    assert "Qwen3MoeForCausalLM has 3 layers x 16 experts, top-4; the model has 3 x 8" in err
 
 
 def test_from_pretrained_equals_the_saved_model(checkpoint, tiny_moe):
