@@ -148,6 +148,27 @@ int64_t cpu_multiply_add(int64_t steps) {
   return done.load() * steps * peak.flops_per_step;
 }
 
+// Waits until flags[index] >= value: spins for a moment, then sleeps between looks. False if that
+// took longer than `seconds`. Someone else writes the flags: another thread, or a GPU.
+bool wait_flag(const Tensor& flags, int64_t index, int64_t value, double seconds) {
+  check(flags.is_cpu() && flags.is_contiguous() && flags.scalar_type() == ScalarType::Int &&
+            index >= 0 && index < flags.numel(),
+        "wait_flag: expected a contiguous int32 CPU tensor and an index inside it");
+  const int32_t* flag = flags.const_data_ptr<int32_t>() + index;
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  const auto limit = std::chrono::duration<double>(seconds);
+  while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) < value) {
+    const auto waited = Clock::now() - start;
+    if (waited > limit) return false;
+    if (waited < std::chrono::milliseconds(2))
+      for (int i = 0; i < 32; ++i) cpu_pause();
+    else
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  return true;
+}
+
 std::string cpu_isa() {
   return kIsaNames[static_cast<int>(current_isa())];
 }
@@ -173,6 +194,7 @@ STABLE_TORCH_LIBRARY(spac, m) {
       "str activation, float alpha, float limit) -> Tensor");
   m.def("cpu_read(Tensor data) -> int");
   m.def("cpu_multiply_add(int steps) -> int");
+  m.def("wait_flag(Tensor flags, int index, int value, float seconds) -> bool");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> ()");
   m.def("set_cpu_threads(int threads) -> ()");
@@ -180,6 +202,7 @@ STABLE_TORCH_LIBRARY(spac, m) {
 STABLE_TORCH_LIBRARY_IMPL(spac, CPU, m) {
   m.impl("expert_ffn_cpu", TORCH_BOX(&expert_ffn_cpu));
   m.impl("cpu_read", TORCH_BOX(&cpu_read));
+  m.impl("wait_flag", TORCH_BOX(&wait_flag));
 }
 STABLE_TORCH_LIBRARY_IMPL(spac, CompositeExplicitAutograd, m) {
   m.impl("cpu_multiply_add", TORCH_BOX(&cpu_multiply_add));

@@ -51,6 +51,7 @@ class Attachment:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     draft: tuple[PreTrainedModel, torch.device] | None = None
     last_generation: Any = None
+    target: Any = None  # spac.target.StaticTarget of the generations so far
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager

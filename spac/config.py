@@ -44,6 +44,9 @@ class SpacConfig:
     rejected_weight: float = 1.0  # what a rejected token's pairs count; 1 = the paper
     rebalance_every: int = 16  # windows between two integer programmes
     max_copies: int = 64  # experts that may be fetched in one window, at most
+    # Windows over a static KV cache, one CUDA graph each (spac.target). None: on a GPU; True: on a
+    # CPU too, the same path without graphs; False: transformers' eager forward.
+    static_windows: bool | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from spac.config import SpacConfig
 from spac.control import Control, Snapshot
 from spac.copier import CopyThread
 from spac.cost import CostModel
+from spac.handoff import HandOff
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
 from spac.store import HostStore
@@ -64,9 +67,15 @@ class Engine:
         self.windows = 0
         self.prefill_tokens = 0
         self.streamed_bytes = 0
-        self.cpu_seconds = 0.0
-        self._before: Tensor | None = None  # utility at the start of the window, for settle
-        self._window_ids: list[Tensor] = []
+        self._cpu_seconds = 0.0
+        self.handoff: HandOff | None = None
+        self._by_flags = False
+        # For settle: utility at the start of the window, and its ids.
+        self._before: Tensor | None = None
+        self._window_ids = torch.full(
+            (num_layers, config.max_window, top_k), -1, dtype=torch.int32, device=device
+        )
+        self._width = 0
         self._staging: _Staging | None = None
         self._forwarding = threading.Lock()
         self._process = os.getpid()
@@ -100,23 +109,21 @@ class Engine:
             self._forwarding.release()
 
     def _forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self._by_flags and self.handoff is not None:
+            resident_ids, cpu_ids = self._split(layer, ids)
+            self.handoff.send(layer, hidden, cpu_ids, weights)
+            partial = ops.expert_ffn_table(hidden, resident_ids, weights, self.slot_tables[layer])
+            return self.handoff.join(layer, partial, hidden.dtype)
         prefill = hidden.shape[0] > self.config.max_window
         if layer == 0 and not prefill:
-            self._begin_window()
+            self._begin_window(hidden.shape[0])
         self.pool.publish(layer)
         if prefill:
             return self._prefill(layer, hidden, ids, weights)
-        resident_ids, cpu_ids, counts, _, _ = ops.verify(
-            ids,
-            self.pool.address[layer],
-            self.utility[layer],
-            self.bounds[layer],
-            self.counters[layer],
-            self.config.max_utility,
-        )
-        self.frequency[layer] += counts
-        if self._before is not None:
-            self._window_ids.append(ids)
+        resident_ids, cpu_ids = self._split(layer, ids)
+        if self.pool.complete(layer):
+            table = self.slot_tables[layer]
+            return ops.expert_ffn_table(hidden, resident_ids, weights, table, hidden.dtype)
         if self._staging is not None:
             self._staging.send(hidden, cpu_ids, weights)
         partial = ops.expert_ffn_table(hidden, resident_ids, weights, self.slot_tables[layer])
@@ -127,11 +134,83 @@ class Engine:
         if not bool((cpu_ids >= 0).any()):
             return partial.to(hidden.dtype)
         start = time.perf_counter()
-        rest = ops.expert_ffn_table(hidden_host, cpu_ids, weights, self.host_tables[layer])
-        self.cpu_seconds += time.perf_counter() - start
+        rest = self._on_cpu(layer, hidden_host, cpu_ids, weights)
+        self._cpu_seconds += time.perf_counter() - start
         if self._staging is not None:
             rest = self._staging.send_back(rest, self.device)
         return ops.combine([partial, rest], hidden.dtype)
+
+    def _split(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [T, k] for the slots and for the CPU, -1 elsewhere; the utility moves on."""
+        resident_ids, cpu_ids, counts, _, _ = ops.verify(
+            ids,
+            self.pool.address[layer],
+            self.utility[layer],
+            self.bounds[layer],
+            self.counters[layer],
+            self.config.max_utility,
+        )
+        self.frequency[layer] += counts
+        if self.config.rejected_weight < 1:
+            self._window_ids[layer, : ids.shape[0]] = ids
+        return resident_ids, cpu_ids
+
+    def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return ops.expert_ffn_table(hidden, ids, weights, self.host_tables[layer])
+
+    # The forward by flags (spac.target): between `begin_window` and `check` the host program
+    # does nothing for a layer, so that a CUDA graph can hold all of them.
+
+    def open_handoff(self, dtype: torch.dtype) -> None:
+        """Start the worker that answers the windows, if it does not run."""
+        if self.handoff is None:
+            layout = self.store.layouts[0]
+            self.handoff = HandOff(
+                len(self.store.layouts),
+                self.config.max_window,
+                layout.hidden,
+                self.top_k,
+                dtype,
+                self.device,
+                self._on_cpu,
+            )
+
+    def begin_window(self, width: int) -> None:
+        """Before a forward by flags over `width` tokens: every layer's slot changes, the bell."""
+        assert self.handoff is not None
+        self._begin_window(width)
+        self.pool.publish()
+        self.handoff.begin(width)
+
+    @contextmanager
+    def by_flags(self) -> Iterator[None]:
+        """The layers called meanwhile hand over by flags; see `spac.handoff`."""
+        self._by_flags = True
+        try:
+            yield
+        finally:
+            self._by_flags = False
+
+    def check(self) -> None:
+        """After a window: RuntimeError if the CPU side failed."""
+        if self.handoff is not None:
+            self.handoff.check()
+
+    def save(self) -> tuple[Tensor, ...]:
+        """What a window changes on the device, for `load`."""
+        return tuple(t.clone() for t in (self.utility, self.frequency, self.counters))
+
+    def load(self, saved: tuple[Tensor, ...]) -> None:
+        """Undo what windows changed since `save`."""
+        for target, source in zip(
+            (self.utility, self.frequency, self.counters), saved, strict=True
+        ):
+            target.copy_(source)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Seconds in the CPU's FFN."""
+        return self._cpu_seconds + (0.0 if self.handoff is None else self.handoff.seconds)
 
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         slots, host = self.pool.address[layer], self._host_address[layer]
@@ -144,19 +223,19 @@ class Engine:
         self.streamed_bytes += missing * self.store.layouts[layer].blob_bytes
         return ops.expert_ffn_table(hidden, ids, weights, table, hidden.dtype)
 
-    def _begin_window(self) -> None:
+    def _begin_window(self, width: int) -> None:
         if self.copier.error is not None:
             raise RuntimeError(
                 f"spac: the copy thread stopped: {self.copier.error}"
             ) from self.copier.error
         self.windows += 1
+        self._width = width
         bounds = self.control.bounds
         if bounds is not self._bounds_shown:
             self.bounds.copy_(torch.from_numpy(bounds))
             self._bounds_shown = bounds
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
-            self._window_ids = []
         if self.copier.is_alive():
             utility, frequency = self.utility.cpu().clone(), self.frequency.cpu().clone()
             self.copier.submit(
@@ -165,12 +244,12 @@ class Engine:
 
     def settle(self, accepted: Tensor) -> None:
         """After a verify window: count the pairs of rejected tokens by `rejected_weight`."""
-        if self._before is None or len(self._window_ids) != len(self.store.layouts):
+        if self._before is None:
             return
         ops.settle(
             self.utility,
             self._before,
-            torch.stack(self._window_ids),
+            self._window_ids[:, : self._width].contiguous(),
             accepted,
             self.bounds,
             self.config.rejected_weight,
@@ -183,6 +262,8 @@ class Engine:
             return  # after a fork: the threads, and a GPU's context, belong to the other process
         self.copier.close()
         self.control.close()
+        if self.handoff is not None:
+            self.handoff.close()
         if self._cuda:
             torch.cuda.synchronize(self.device)
 

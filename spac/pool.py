@@ -53,31 +53,37 @@ class SlotPool:
 
     # forward thread
 
-    def publish(self, layer: int) -> None:
-        """Make the layer's changes visible to the kernels launched from here on."""
-        mail = self._mail[layer]
-        if not mail.leaving and not mail.arriving:
+    def publish(self, layer: int | None = None) -> None:
+        """Make a layer's changes (None: all layers') visible to the kernels launched from here."""
+        layers = range(len(self._mail)) if layer is None else (layer,)
+        if not any(self._mail[i].leaving or self._mail[i].arriving for i in layers):
             return
         with self._lock:
             freed = []
-            for expert in mail.leaving:
-                freed.append(int(self.slot_of[layer, expert]))
-                self.slot_of[layer, expert] = -1
-            for expert, slot in mail.arriving:
-                self.slot_of[layer, expert] = slot
-            self._mail[layer] = _Mailbox()
-            slots = self.slot_of[layer]
-            row = np.where(
+            for i in layers:
+                mail, self._mail[i] = self._mail[i], _Mailbox()
+                for expert in mail.leaving:
+                    freed.append(int(self.slot_of[i, expert]))
+                    self.slot_of[i, expert] = -1
+                for expert, slot in mail.arriving:
+                    self.slot_of[i, expert] = slot
+            where = slice(None) if layer is None else slice(layer, layer + 1)
+            slots = self.slot_of[where]
+            rows = np.where(
                 slots >= 0, self.memory.data_ptr() + slots * np.int64(self.slot_bytes), 0
             )
-            event = self._write_row(layer, torch.from_numpy(row))
+            event = self._write(self.address[where], torch.from_numpy(rows))
             self._reclaimed.extend((slot, event) for slot in freed)
 
-    def _write_row(self, layer: int, row: Tensor) -> torch.cuda.Event | None:
-        if not self.address.is_cuda:
-            self.address[layer] = row
+    def complete(self, layer: int) -> bool:
+        """Every expert of the layer is resident for the kernels launched from here."""
+        return bool((self.slot_of[layer] >= 0).all())
+
+    def _write(self, target: Tensor, rows: Tensor) -> torch.cuda.Event | None:
+        if not target.is_cuda:
+            target.copy_(rows)
             return None
-        self.address[layer].copy_(row.pin_memory(), non_blocking=True)
+        target.copy_(rows.pin_memory(), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return event

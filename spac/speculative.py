@@ -11,17 +11,17 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spac import ops
 from spac.attachment import attachment
-from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft, forget
+from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft
 from spac.draft_length import DraftLengthController
 from spac.sampling import Seeded, Warp, make_warp
+from spac.target import EagerTarget, NotCapturable, StaticTarget, Target, log
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_PREFILL_CHUNK = 512
 _MAX_GAMMA = 16
 
 
@@ -115,11 +115,11 @@ def generate(
 
     tokens = input_ids.to(device)[0]
     result = GenerationResult(input_ids)
-    cache = DynamicCache()
+    target = _target(model, tokens.numel() + max_new_tokens)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     start = time.perf_counter()
-    row = _prefill(model, tokens, cache)
+    row = target.prefill(tokens)
     if bool(row.isnan().any()):
         raise ValueError(
             "generate: the model's logits are not numbers: its weights are damaged, or "
@@ -137,12 +137,12 @@ def generate(
             probs = probs.to(device)
         drafted_at = time.perf_counter()
         window = torch.cat([tokens[-1:], drafted])
-        logits = model(input_ids=window[None], past_key_values=cache, use_cache=True).logits[0]
+        logits = target.verify(window)
         accepted, new = _accept(logits, drafted, probs, warp, tokens, generator)
         if engine is not None:
             engine.settle(accepted)
         kept = int(accepted)
-        forget(cache, drafted.numel() - kept)
+        target.finish(drafted.numel() - kept)
         ended = time.perf_counter()
         result.target_forwards += 1
         result.drafted += drafted.numel()
@@ -160,11 +160,25 @@ def generate(
     return result if return_result else result.sequences
 
 
-def _prefill(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache) -> Tensor:
-    """Feed the prompt in chunks; logits [1, V] of its last token."""
-    for chunk in tokens.split(_PREFILL_CHUNK):
-        out = model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[0, -1:]
+def _target(model: PreTrainedModel, length: int) -> Target:
+    """The static path where the model's attachment asks for it and it can run, else eager."""
+    state = attachment(model)
+    engine = None if state is None else state.engine
+    if state is None or engine is None:
+        return EagerTarget(model)
+    wanted, room = engine.config.static_windows, engine.config.max_length
+    if wanted is False or (wanted is None and engine.device.type != "cuda"):
+        return EagerTarget(model)
+    try:
+        if length + engine.config.max_window > room:
+            raise NotCapturable(f"{length} tokens and a window are more than max_length={room}")
+        if state.target is None:
+            state.target = StaticTarget(model, engine, room)
+        state.target.reset()
+        return state.target
+    except NotCapturable as reason:
+        log.warning("spac: generating eagerly, without CUDA graphs: %s", reason)
+        return EagerTarget(model)
 
 
 def _accept(

@@ -1,0 +1,79 @@
+"""Hands a layer's window to the CPU and waits for the answer, by flags in pinned host memory.
+
+Nothing here synchronises with the host program, so that a CUDA graph can hold it. The host tensors
+are page-locked and reached over PCIe. Launches follow each other on one stream: what the first one
+wrote is visible to the CPU before the second one rings.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 1024
+# Polls of one flag, each a read over PCIe of about a microsecond: 2 to 4 s.
+_MAX_POLLS = 2_500_000
+
+
+@triton.jit
+def _send_kernel(
+    hidden_ptr,
+    ids_ptr,
+    weights_ptr,
+    host_hidden_ptr,
+    host_ids_ptr,
+    host_weights_ptr,
+    num_hidden,
+    num_pairs,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_hidden
+    tl.store(host_hidden_ptr + offs, tl.load(hidden_ptr + offs, mask=mask), mask=mask)
+    mask = offs < num_pairs
+    tl.store(host_ids_ptr + offs, tl.load(ids_ptr + offs, mask=mask), mask=mask)
+    tl.store(host_weights_ptr + offs, tl.load(weights_ptr + offs, mask=mask), mask=mask)
+
+
+@triton.jit
+def _ring_kernel(bell_ptr, window_ptr, layer):
+    tl.store(bell_ptr + layer, tl.load(window_ptr))
+
+
+@triton.jit
+def _wait_kernel(done_ptr, failed_ptr, window_ptr, layer, max_polls):
+    """One program. Gives up after `max_polls`, and at once if a wait before it gave up."""
+    window = tl.load(window_ptr)
+    left = tl.where(tl.load(failed_ptr, volatile=True) == 0, max_polls, 0)
+    done = tl.load(done_ptr + layer, volatile=True)
+    while (done < window) & (left > 0):
+        left -= 1
+        done = tl.load(done_ptr + layer, volatile=True)
+    if done < window:
+        tl.store(failed_ptr, 1)
+
+
+def send(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    host: tuple[Tensor, Tensor, Tensor],
+    bell: Tensor,
+    window: Tensor,
+    layer: int,
+) -> None:
+    """Write hidden [T, H], ids int32 and weights fp32 [T, k] to `host`; bell[layer] = window."""
+    hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+    grid = (triton.cdiv(max(hidden.numel(), ids.numel()), _BLOCK),)
+    _send_kernel[grid](
+        hidden, ids, weights, *host, hidden.numel(), ids.numel(), BLOCK=_BLOCK, num_warps=4
+    )
+    _ring_kernel[(1,)](bell, window, layer, num_warps=1)
+
+
+def wait(
+    done: Tensor, failed: Tensor, window: Tensor, layer: int, max_polls: int = _MAX_POLLS
+) -> None:
+    """Until done[layer] >= window; a wait that is too long sets `failed` and goes on."""
+    _wait_kernel[(1,)](done, failed, window, layer, max_polls, num_warps=1)

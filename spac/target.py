@@ -1,0 +1,196 @@
+"""Forwards of the target model in the speculative loop: eager, or over a static KV cache.
+
+The static path captures the whole forward over W tokens in one CUDA graph per W: attention, router,
+verify kernel, resident FFN, hand-over to the CPU and the wait for it. The host program launches it
+and reads the accepted tokens. Rejected tokens are forgotten by moving the cache's length back.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from spac.draft import forget
+from spac.engine import Engine
+
+_PREFILL_CHUNK = 512
+log = logging.getLogger("spac")
+
+
+class Target(Protocol):
+    """Keeps the KV cache of one generation."""
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Feed the prompt int64 [n]; logits [1, V] of its last token."""
+        ...
+
+    def verify(self, window: Tensor) -> Tensor:
+        """Feed int64 [W]; logits [W, V], valid until the next call."""
+        ...
+
+    def finish(self, rejected: int) -> None:
+        """The host has read the window's outcome: forget its last `rejected` tokens."""
+        ...
+
+
+class EagerTarget:
+    """transformers' own forward over a growing cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache()
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        for chunk in tokens.split(_PREFILL_CHUNK):
+            out = self.model(
+                input_ids=chunk[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+        return out.logits[0, -1:]
+
+    def verify(self, window: Tensor) -> Tensor:
+        out = self.model(input_ids=window[None], past_key_values=self.cache, use_cache=True)
+        return out.logits[0]
+
+    def finish(self, rejected: int) -> None:
+        forget(self.cache, rejected)
+
+
+class NotCapturable(ValueError):
+    """The model, or this machine, cannot run the static path; says why."""
+
+
+@dataclass
+class _Window:
+    """A forward over a fixed number of tokens; graph None: run eagerly."""
+
+    tokens: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: Tensor | None = None
+    flags: bool = True  # hand over to the CPU by flags; False: the engine's eager way
+
+
+class StaticTarget:
+    """Windows over a static cache of `length` tokens; see the module text.
+
+    engine: that of an attached model, or None. Without a GPU the same path runs without graphs.
+    Raises NotCapturable.
+    """
+
+    def __init__(self, model: PreTrainedModel, engine: Engine | None, length: int) -> None:
+        implementation = model.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise NotCapturable(f"attention {implementation!r} takes no explicit mask")
+        self.model, self.engine, self.length = model, engine, length
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        kinds = {type(layer) for layer in self.cache.layers}
+        if kinds != {StaticLayer}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise NotCapturable(f"its KV cache has layers that cannot be rolled back ({names})")
+        device = model.device
+        # One tensor for all layers: forgetting is one launch.
+        self._lengths = torch.zeros(len(self.cache.layers), dtype=torch.int64, device=device)
+        for layer, view in zip(self.cache.layers, self._lengths, strict=True):
+            layer.cumulative_length = view
+        self._places = torch.arange(length, device=device)
+        self._windows: dict[int, _Window] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.reasons: list[str] = []  # of windows that could not be captured
+
+    @property
+    def captured(self) -> list[int]:
+        """Widths that run as one graph."""
+        return sorted(w for w, window in self._windows.items() if window.graph is not None)
+
+    def reset(self) -> None:
+        """Begin another text."""
+        self._lengths.zero_()
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        for chunk in tokens.split(_PREFILL_CHUNK):
+            logits = self._forward(chunk, keep=1)
+        return logits[-1:]
+
+    def verify(self, window: Tensor) -> Tensor:
+        width = window.numel()
+        ready = self._windows.get(width)
+        if ready is None:
+            ready = self._windows[width] = self._prepare(width)
+        if ready.flags and self.engine is not None:
+            self.engine.begin_window(width)
+        if ready.graph is None or ready.logits is None:
+            return self._run(window, ready.flags)
+        ready.tokens.copy_(window)
+        ready.graph.replay()
+        return ready.logits
+
+    def finish(self, rejected: int) -> None:
+        if self.engine is not None:
+            self.engine.check()
+        if rejected:
+            self._lengths.sub_(rejected)
+
+    def _prepare(self, width: int) -> _Window:
+        """Warm up, then capture; what the warm-up changed is put back."""
+        device = self.model.device
+        window = _Window(torch.zeros(width, dtype=torch.int64, device=device))
+        if self.engine is not None:
+            self.engine.open_handoff(self.model.dtype)
+        if device.type != "cuda":
+            return window
+        try:
+            self._capture(window, width)
+        except RuntimeError as error:
+            window.graph, window.flags = None, False
+            reason = f"windows of {width} tokens run eagerly: {str(error).splitlines()[0]}"
+            self.reasons.append(reason)
+            log.warning("spac: %s", reason)
+        return window
+
+    def _capture(self, window: _Window, width: int) -> None:
+        before = None if self.engine is None else self.engine.save()
+        lengths = self._lengths.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                if self.engine is not None:
+                    self.engine.begin_window(width)
+                self._run(window.tokens, True)
+            torch.cuda.synchronize()
+            if self.engine is not None:
+                self.engine.check()
+            graph = torch.cuda.CUDAGraph()
+            # The copy thread and the worker go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = self._run(window.tokens, True)
+            window.graph, window.logits = graph, logits
+        finally:
+            self._lengths.copy_(lengths)
+            if self.engine is not None and before is not None:
+                self.engine.load(before)
+
+    def _run(self, tokens: Tensor, flags: bool) -> Tensor:
+        if self.engine is None or not flags:
+            return self._forward(tokens)
+        with self.engine.by_flags():
+            return self._forward(tokens)
+
+    def _forward(self, tokens: Tensor, keep: int = 0) -> Tensor:
+        positions = self._lengths[0] + self._places[: tokens.numel()]
+        hidden = self._places[None, :] > positions[:, None]
+        dtype = self.model.dtype
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        return self.model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            attention_mask=mask[None, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits[0]
