@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import spac._C  # noqa: F401  (loads the operators)
 from spac import ops
@@ -38,15 +37,15 @@ from spac.bench.synthetic import (
 from spac.budget import kv_cache_bytes, parameter_bytes
 from spac.config import POLICIES, SpacConfig, format_bytes, parse_bytes
 from spac.cost import CostModel, measure
-from spac.draft import forget
 from spac.experts import find_experts
 from spac.progress import progress
 from spac.replay import Window, window_counts
+from spac.target import EagerTarget, StaticTarget, Target
 from spac.trace import load_trace
 
 COLUMNS = ["provider", "slots", "gamma", "tokens/s", "ms/step", "draft ms", "TTFT ms", "coverage"]
 COLUMNS += ["GB/token", "GPU busy", "CPU busy", "PCIe busy", "of roofline"]
-PROVIDERS = ("spac", "lru", "static", "cpu", "stream", "resident")
+PROVIDERS = ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident")
 BASELINES = ("lru", "static", "cpu", "stream")
 _PROFILED = 3  # windows after the timed ones, for the GPU's busy time
 
@@ -81,6 +80,7 @@ class Figures:
     ttft: float
     counts: Counts
     gpu_busy: float | None
+    eager: list[str]  # why a window that could be a CUDA graph was none
 
 
 @dataclass
@@ -94,11 +94,13 @@ class Job:
     draft: Draft
     warmup: int  # tokens
 
-    def forward(self, ids: Tensor, tokens: Tensor, cache: DynamicCache, keep: int = 0) -> Tensor:
-        self.routing.ids = ids
-        return self.made.model(
-            input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=keep
-        ).logits[0]
+    length: int  # tokens of KV cache
+
+    def target(self, provider: Provider) -> Target:
+        """The forward as `provider` can have it: those that need ids on the host run eagerly."""
+        if not provider.static:
+            return EagerTarget(self.made.model)
+        return StaticTarget(self.made.model, provider.engine, self.length)
 
 
 @torch.no_grad()
@@ -128,6 +130,7 @@ def run(args: argparse.Namespace) -> Table:
             routing.window(text.expert_ids[rows]),
             _draft(args.draft, made, length),
             args.warmup,
+            length,
         )
         return _table(args, job, gammas, length)
     finally:
@@ -163,7 +166,8 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         speed = result.tokens / result.seconds
         print(f"{name}, gamma {gamma}: {speed:.3g} tokens/s", file=sys.stderr, flush=True)
         figures[name, slots, gamma] = result
-        share = f"{slots / everything:.0%}" if name in ("spac", "lru", "static") else None
+        notes += [f"{name}: {reason}" for reason in result.eager]
+        share = f"{slots / everything:.0%}" if name not in ("cpu", "stream", "resident") else None
         rows.append([name, share, gamma, *_cells(result, machine, layout.blob_bytes, dense)])
     notes += _ratios(figures)
     return Table(list(COLUMNS), rows, f"decode at full size: {args.shape}", notes)
@@ -174,15 +178,17 @@ def _provider(
 ) -> Provider:
     store, device = job.made.store, job.made.device
     link = args.link and args.link * 1e9
-    if name in ("spac", "static"):
+    if name in ("spac", "spac-eager", "static"):
         hot = None
         if name == "static":
             counts = window_counts(job.windows[gamma], store.layouts[0].num_experts)
             hot = counts[:, job.routing.layers].sum(axis=0)
-        policy = args.policy if name == "spac" else "static"
+        policy = "static" if name == "static" else args.policy
         config = SpacConfig(policy=policy, max_window=max(32, gamma + 1))
         top_k = job.prompt.shape[2]
-        return EngineProvider(store, slots, top_k, device, config, costs, hot, link)
+        provider = EngineProvider(store, slots, top_k, device, config, costs, hot, link)
+        provider.static = name == "spac"
+        return provider
     if name in ("lru", "stream"):
         return OnDemand(store, slots if name == "lru" else 0, device, link)
     return AllOnCpu(store) if name == "cpu" else AllResident(store, device)
@@ -198,23 +204,27 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         prompt = torch.randint(0, vocab, (job.prompt.shape[1],), device=device)
         tokens = torch.randint(0, vocab, (gamma + 1,), device=device)
         for _ in range(2):  # the first compiles kernels
-            cache = DynamicCache()
+            target = job.target(provider)
+            job.routing.ids = job.prompt
             start = time.perf_counter()
-            int(job.forward(job.prompt, prompt, cache, 1).argmax())
+            int(target.prefill(prompt).argmax())
             ttft = time.perf_counter() - start
         seconds: list[float] = []
         drafting: list[float] = []
         made = text = 0
         before, began = provider.read(), 0.0
         stop = len(ids) - _PROFILED
+        job.routing.ids = torch.empty_like(ids[0])  # one place: a CUDA graph reads it
 
         def step(i: int) -> None:
             job.draft.run(gamma)
-            logits = job.forward(ids[i], tokens, cache)
+            job.routing.ids.copy_(ids[i])
+            job.routing.provider.begin(ids[i])
+            logits = target.verify(tokens)
             int(ops.accept_greedy(logits, tokens[1:])[0])
             kept = job.windows[gamma][i].accepted
             job.routing.provider.settle(torch.tensor(kept, device=device))
-            forget(cache, gamma - kept)
+            target.finish(gamma - kept)
 
         for i in range(stop):
             if not seconds and text >= job.warmup:
@@ -237,7 +247,8 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         draft = statistics.median(drafting) if drafting else 0.0
         busy = gpu_busy_share(device, partial(_each, step, range(stop, len(ids))))
         median = statistics.median(seconds)
-        return Figures(len(seconds), made, elapsed, median, draft, ttft, counts, busy)
+        eager = list(target.reasons) if isinstance(target, StaticTarget) else []
+        return Figures(len(seconds), made, elapsed, median, draft, ttft, counts, busy, eager)
     finally:
         provider.close()
         del provider, job.routing.provider
@@ -308,6 +319,8 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         f"each drafted token accepted with chance {args.acceptance}; the draft {draft}",
         f"{args.tokens} tokens timed after {args.warmup}; prompt of {args.prompt_tokens}; "
         "static knows its hot set from the same text (hindsight)",
+        "spac and resident run a window as one CUDA graph; the others, and spac-eager, wait for "
+        "each layer's ids on the host, in transformers' eager forward",
         f"measured: CPU reads {machine.read / 1e9:.1f} GB/s, link {machine.link / 1e9:.1f} GB/s, "
         f"GPU memory {machine.memory / 1e9:.0f} GB/s; of roofline: the slowest of these for the "
         "bytes that the provider itself touched / the verify step without draft",

@@ -42,9 +42,14 @@ class Counts:
 
 
 class Provider:
-    """Base: nothing to do at the end of a window or of a run."""
+    """Base: nothing to do around a window or at the end of a run."""
 
     counts: Counts
+    static = False  # may be captured in a CUDA graph
+    engine: Engine | None = None
+
+    def begin(self, ids: Tensor) -> None:
+        """A window is to come, ids [L, W, k]."""
 
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         raise NotImplementedError
@@ -73,10 +78,10 @@ class EngineProvider(Provider):
         hot: np.ndarray | None = None,
         link: float | None = None,
     ) -> None:
-        self.engine = Engine(store, slots, top_k, device, config, costs, first=hot)
-        self._filled = self.engine.copier.bytes_copied
+        self.engine: Engine = Engine(store, slots, top_k, device, config, costs, first=hot)
+        copier = self.engine.copier
+        self._filled = copier.bytes_copied
         if link is not None:
-            copier = self.engine.copier
             slow = throttled(copier._copy, store.layouts[0].blob_bytes / link)
             copier._copy = slow  # type: ignore
 
@@ -192,6 +197,8 @@ class AllOnCpu(Provider):
 class AllResident(Provider):
     """Every expert in GPU memory: the upper bound."""
 
+    static = True
+
     def __init__(self, store: HostStore, device: torch.device) -> None:
         self.counts = Counts()
         self.memory = [blobs.to(device) for blobs in store.blobs]
@@ -201,8 +208,10 @@ class AllResident(Provider):
             self.tables.append(ExpertTable.from_blobs(layout, address, owner=blobs))
         self._ids: list[Tensor] = []
 
+    def begin(self, ids: Tensor) -> None:
+        self._ids += ids
+
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        self._ids.append(ids)
         return ops.expert_ffn_table(hidden, ids, weights, self.tables[layer], hidden.dtype)
 
     def read(self) -> Counts:

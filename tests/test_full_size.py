@@ -63,8 +63,9 @@ def test_every_provider_computes_the_same(trace, device):
         assert 0 < lru.resident_pairs < lru.pairs and lru.moved > 0
         assert running["stream"].read().resident_pairs == 0
         assert running["cpu"].read().moved == 0 < running["cpu"].read().cpu_experts
+        running["resident"].begin(torch.zeros(LAYERS, 5, TOP_K, device=device))
         resident = running["resident"].read()
-        assert resident.pairs == resident.resident_pairs == lru.pairs
+        assert resident.pairs == resident.resident_pairs == LAYERS * 5 * TOP_K
     finally:
         for provider in running.values():
             provider.close()
@@ -89,7 +90,7 @@ def test_bench_generate_at_full_size(trace, tmp_path, capsys):
     argv += ["--draft", "small", "--num-draft-tokens", "0", "2", "--prompt-tokens", "40"]
     assert main([*argv, "--tokens", "8", "--warmup", "4", "--cache-ratio", "0.3"]) == 0
     out = capsys.readouterr().out
-    for name in ("spac", "lru", "static", "cpu", "stream", "resident"):
+    for name in ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident"):
         assert out.count(f"| {name} |") == 2
     assert "weights are random, so text is not" in out and "the best with SD" in out
 
