@@ -13,9 +13,12 @@ _HOME = {
     "detach": "spac.attachment",
     "from_pretrained": "spac.loading",
     "generate": "spac.speculative",
+    "load_profile": "spac.profile",
+    "save_profile": "spac.profile",
     "stats": "spac.status",
 }
-__all__ = ["attach", "detach", "from_pretrained", "generate", "stats"]
+__all__ = ["attach", "detach", "from_pretrained", "generate", "load_profile", "save_profile"]
+__all__ += ["stats"]
 
 
 def __getattr__(name: str) -> Any:

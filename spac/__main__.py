@@ -92,7 +92,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="sampled text depends on it alone")
     parser.add_argument("--policy", default="spac", help="what decides residency (spac.config)")
     parser.add_argument(
-        "--profile", metavar="FILE", help="routing trace whose most used experts fill the slots"
+        "--profile",
+        metavar="FILE",
+        help="of spac.save_profile, or a routing trace: what fills the slots first",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from spac.experts import (
     router_top_k,
 )
 from spac.layout import ExpertLayout
+from spac.profile import Profile, find_profile, machine_name
 from spac.progress import progress
 from spac.store import HostStore
-from spac.trace import Trace, load_trace
+from spac.trace import Trace
 
 _SHOW_FROM = 4 << 30  # bytes of experts from which moving them takes seconds
 
@@ -76,7 +78,7 @@ def attach(
     *,
     draft: PreTrainedModel | None = None,
     device: str | torch.device | None = None,
-    profile: Trace | str | None = None,
+    profile: Profile | Trace | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Run the experts of `model` through spac within `gpu_budget` bytes of GPU memory.
@@ -85,11 +87,12 @@ def attach(
     that model, draft, KV cache and slots may take ("8GiB" or a number); None gives every expert a
     slot on a GPU, and on a machine without one runs the CPU kernels directly, with no slots.
     draft: a draft model that will be used and must fit the budget too; it moves to the device.
-    device: where the slots are; default "cuda" if there is one. profile: a routing trace of this
-    model, or its file; the experts that it used most fill the slots first. settings: see
-    `spac.config.SpacConfig`. Returns `model`, whose parameters no longer require gradients until
-    `spac.detach(model)`. Raises ValueError (already attached, no experts, a budget too small, an
-    unsupported layout by name, a trace of another model).
+    device: where the slots are; default "cuda" if there is one. profile: what an earlier run
+    learned (`spac.save_profile`) or a routing trace of this model, or the file of either; the
+    experts that it used most fill the slots first. settings: see `spac.config.SpacConfig`.
+    Returns `model`, whose parameters no longer require gradients until `spac.detach(model)`.
+    Raises ValueError (already attached, no experts, a budget too small, an unsupported layout by
+    name, a profile of another model).
     """
     config = SpacConfig(**settings)
     if attachment(model) is not None:
@@ -101,11 +104,8 @@ def attach(
     if len({layout.num_experts for layout in layouts}) > 1:
         raise UnsupportedLayout(f"{type(model).__name__}: layers with different numbers of experts")
     _check_devices(model)
-    first = None
-    if profile is not None:
-        trace = profile if isinstance(profile, Trace) else load_trace(profile)
-        trace.check_model(len(layouts), layouts[0].num_experts, router_top_k(model))
-        first = trace.counts()
+    shape = (len(layouts), layouts[0].num_experts, router_top_k(model))
+    known = None if profile is None else find_profile(profile, *shape)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     implementation = model.config._experts_implementation
     if target.type == "cpu" and gpu_budget is None:
@@ -125,9 +125,12 @@ def attach(
         experts_bytes = sum(p.nbytes for layer in parameters for p in layer.values())
         for layer in progress(parameters, "host store", show=experts_bytes > _SHOW_FROM):
             store.adopt(layer)
-        costs = _measured(layouts[0], target)
-        top_k = router_top_k(model)
-        state.engine = Engine(store, budget.slots, top_k, target, config, costs, first)
+        costs = _costs(layouts[0], target, known)
+        first = None if known is None else known.rate
+        state.engine = Engine(store, budget.slots, shape[2], target, config, costs, first)
+        if known is not None:
+            state.engine.control.warm_start(known)
+            state.engine.utility.copy_(torch.from_numpy(known.utility))
         _move_dense(model, {n: target for n in state.devices}, expert_ids)
         if draft is not None:
             state.draft = (draft, next(draft.parameters()).device)
@@ -141,6 +144,14 @@ def attach(
     model.__dict__["_spac_attachment"] = state
     model.set_experts_implementation("spac")
     return model
+
+
+def _costs(layout: ExpertLayout, device: torch.device, profile: Profile | None) -> CostModel:
+    """Those of the profile if they were measured here, for experts of this size."""
+    costs = None if profile is None or profile.machine != machine_name() else profile.costs
+    if costs is not None and costs.expert_bytes == layout.blob_bytes:
+        return costs
+    return _measured(layout, device)
 
 
 @functools.cache

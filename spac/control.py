@@ -13,6 +13,7 @@ from spac.balance import BalanceProblem, BalancerThread, Plan
 from spac.config import SpacConfig
 from spac.cost import CostModel
 from spac.policy import Spac, make_policy
+from spac.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Control:
         )
         self.bounds = self.estimator.calibrator.bounds.copy()  # replaced, never changed in place
         self.plan: Plan | None = None
+        self.prior: Profile | None = None  # what it began with
         self.balancer = BalancerThread()
         self._expected = np.zeros((num_layers, num_experts))  # pairs per window, smoothed
         self._frequency = np.zeros((num_layers, num_experts), dtype=np.int64)
@@ -55,6 +57,15 @@ class Control:
         self._seconds = 0.0
         self._window_seconds = 0.0  # smoothed wall time from one window to the next
         self._balanced = 0
+
+    def warm_start(self, profile: Profile) -> None:
+        """Begin with what an earlier run saw."""
+        self.prior = profile
+        self._expected[:] = profile.rate
+        for policy in {id(p): p for p in (self.policy, self.estimator)}.values():
+            policy.warm_start(profile.rate)
+        self.estimator.state["utility"][:] = profile.utility
+        self.bounds = self.estimator.calibrator.bounds.copy()
 
     def observe(self, snapshot: Snapshot, held: np.ndarray) -> None:
         """Take in the windows since the last snapshot; held: experts in slots or on their way."""

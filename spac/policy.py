@@ -70,6 +70,11 @@ class Policy:
         self.window += 1
         self._finish()
 
+    def warm_start(self, rate: Floats, windows: int = 16) -> None:
+        """Begin as if `windows` windows with the pairs rate [L, E] of a profile had passed."""
+        for _ in range(windows):
+            self.observe_counts(rate)
+
     def score(self) -> Floats:
         """Priority [L, E]: higher is fetched first and evicted last."""
         raise NotImplementedError
@@ -142,6 +147,9 @@ class Static(Policy):
 
     def prepare(self, counts: Floats) -> None:
         self._score = (counts > 0).sum(axis=0) + 1e-6 * counts.sum(axis=0)
+
+    def warm_start(self, rate: Floats, windows: int = 16) -> None:
+        self._score = rate
 
     def _advance(self, layer: int, n: Floats) -> None:
         pass
