@@ -53,7 +53,8 @@ class Attachment:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     draft: tuple[PreTrainedModel, torch.device] | None = None
     last_generation: Any = None
-    target: Any = None  # spac.target.StaticTarget of the generations so far
+    # spac.target.StaticTarget of the target and the draft, by id of the model, or why there is none
+    targets: dict[int, Any] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager

@@ -6,15 +6,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spac.sampling import Warp
-
-
-def forget(cache: DynamicCache, count: int) -> None:
-    """Drop the last `count` tokens of a KV cache."""
-    if count > 0:
-        cache.crop(-count)
+from spac.target import EagerTarget, Target
 
 
 class Draft(Protocol):
@@ -35,7 +30,9 @@ class ModelDraft:
         vocab_size: int,
         warp: Warp | None = None,
         generator: torch.Generator | None = None,
+        target: Target | None = None,
     ) -> None:
+        """target: the forward over `model`, with an empty cache; default eager."""
         found = model.config.get_text_config().vocab_size
         if found != vocab_size:
             raise ValueError(
@@ -43,7 +40,7 @@ class ModelDraft:
                 "a draft must share the target's tokenizer"
             )
         self.model, self.warp, self.generator = model, warp, generator
-        self._cache = DynamicCache()
+        self.target = EagerTarget(model) if target is None else target
         self._seen = torch.empty(0, dtype=torch.int64)  # the tokens that the cache holds
 
     def propose(self, tokens: Tensor, gamma: int) -> tuple[Tensor, Tensor | None]:
@@ -53,9 +50,9 @@ class ModelDraft:
         drafted, probs = [], []
         new = tokens[self._seen.numel() :]
         for _ in range(gamma):
-            logits = self.model(
-                input_ids=new[None], past_key_values=self._cache, logits_to_keep=1, use_cache=True
-            ).logits[0, -1:]
+            # Two: after a window that was accepted whole, its last token is new here as well.
+            feed = self.target.verify if new.numel() <= 2 else self.target.prefill
+            logits = feed(new)[-1:]
             self._seen = torch.cat([self._seen.to(device), new])
             if self.warp is not None:
                 logits = self.warp(self._seen[None], logits)
@@ -76,7 +73,7 @@ class ModelDraft:
         same = (self._seen[:n].to(tokens.device) == tokens[:n]).to(torch.int64)
         keep = int(same.cumprod(0).sum())
         if keep < self._seen.numel():
-            forget(self._cache, self._seen.numel() - keep)
+            self.target.finish(self._seen.numel() - keep)
             self._seen = self._seen[:keep]
 
 

@@ -60,6 +60,9 @@ class HandOff:
         self.seconds = 0.0  # in `compute`
         self.error: BaseException | None = None
         self._closing = False
+        # One core stays with the host program, which spins while it waits for the GPU.
+        threads = torch.get_num_threads()
+        self._threads = threads - 1 if pin and threads > 4 else threads
         self._worker = threading.Thread(target=self._serve, name="spac-cpu", daemon=True)
         self._worker.start()
 
@@ -110,6 +113,7 @@ class HandOff:
     def _serve(self) -> None:
         window = 0
         try:
+            torch.set_num_threads(self._threads)  # torch keeps it per thread
             while True:
                 window += 1
                 for layer in range(self.layers):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spac import ops
-from spac.attachment import attachment
+from spac.attachment import Attachment, attachment
 from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft
 from spac.draft_length import DraftLengthController
 from spac.sampling import Seeded, Warp, make_warp
@@ -107,15 +107,16 @@ def generate(
         generator = torch.Generator(device).manual_seed(int(torch.randint(1 << 62, ())))
     elif warp is not None and seed is not None:
         warp = Seeded(warp, seed, device)
-    drafter = _drafter(model, draft, warp, generator)
-    chooser = _GammaChooser(num_draft_tokens, isinstance(drafter, NoDraft))
-    eos = _eos_ids(model, eos_token_id)
     state = attachment(model)
     engine = state.engine if state is not None else None
+    length = input_ids.shape[1] + max_new_tokens
+    drafter = _drafter(model, draft, warp, generator, state, length)
+    chooser = _GammaChooser(num_draft_tokens, isinstance(drafter, NoDraft))
+    eos = _eos_ids(model, eos_token_id)
 
     tokens = input_ids.to(device)[0]
     result = GenerationResult(input_ids)
-    target = _target(model, tokens.numel() + max_new_tokens)
+    target = _target(model, state, length)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     start = time.perf_counter()
@@ -160,9 +161,9 @@ def generate(
     return result if return_result else result.sequences
 
 
-def _target(model: PreTrainedModel, length: int) -> Target:
-    """The static path where the model's attachment asks for it and it can run, else eager."""
-    state = attachment(model)
+def _target(model: PreTrainedModel, state: Attachment | None, length: int) -> Target:
+    """A forward over target or draft for a text of `length` tokens: static where the target's
+    attachment asks for it and the model can run it, else eager."""
     engine = None if state is None else state.engine
     if state is None or engine is None:
         return EagerTarget(model)
@@ -172,12 +173,14 @@ def _target(model: PreTrainedModel, length: int) -> Target:
     try:
         if length + engine.config.max_window > room:
             raise NotCapturable(f"{length} tokens and a window are more than max_length={room}")
-        if state.target is None:
-            state.target = StaticTarget(model, engine, room)
-        state.target.reset()
-        return state.target
+        if id(model) not in state.targets:
+            own = engine if attachment(model) is state else None
+            state.targets[id(model)] = StaticTarget(model, own, room)
+        target = state.targets[id(model)]
+        target.reset()
+        return target
     except NotCapturable as reason:
-        log.warning("spac: generating eagerly, without CUDA graphs: %s", reason)
+        log.warning("spac: %s runs eagerly, no CUDA graphs: %s", type(model).__name__, reason)
         return EagerTarget(model)
 
 
@@ -251,6 +254,8 @@ def _drafter(
     draft: PreTrainedModel | str | None,
     warp: Warp | None,
     generator: torch.Generator | None,
+    state: Attachment | None,
+    length: int,
 ) -> Draft:
     if draft is None:
         return NoDraft()
@@ -263,7 +268,9 @@ def _drafter(
             f"draft: it is on {draft.device}, the target on {model.device}; "
             "pass it to spac.attach(..., draft=draft) or move it"
         )
-    return ModelDraft(draft, model.config.get_text_config().vocab_size, warp, generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    forward = _target(draft, state, length) if draft is not model else None
+    return ModelDraft(draft, vocabulary, warp, generator, forward)
 
 
 def _eos_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> set[int]:

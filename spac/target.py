@@ -1,4 +1,4 @@
-"""Forwards of the target model in the speculative loop: eager, or over a static KV cache.
+"""Forwards of the models in the speculative loop: eager, or over a static KV cache.
 
 The static path captures the whole forward over W tokens in one CUDA graph per W: attention, router,
 verify kernel, resident FFN, hand-over to the CPU and the wait for it. The host program launches it
@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from spac.draft import forget
 from spac.engine import Engine
 
 _PREFILL_CHUNK = 512
+_LENGTH_ALIGN = 64  # of a static cache: attention kernels read masks in aligned pieces
 log = logging.getLogger("spac")
 
 
@@ -57,7 +57,8 @@ class EagerTarget:
         return out.logits[0]
 
     def finish(self, rejected: int) -> None:
-        forget(self.cache, rejected)
+        if rejected:
+            self.cache.crop(-rejected)
 
 
 class NotCapturable(ValueError):
@@ -75,7 +76,7 @@ class _Window:
 
 
 class StaticTarget:
-    """Windows over a static cache of `length` tokens; see the module text.
+    """Windows over a static cache of at least `length` tokens; see the module text.
 
     engine: that of an attached model, or None. Without a GPU the same path runs without graphs.
     Raises NotCapturable.
@@ -85,6 +86,7 @@ class StaticTarget:
         implementation = model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise NotCapturable(f"attention {implementation!r} takes no explicit mask")
+        length = -(-length // _LENGTH_ALIGN) * _LENGTH_ALIGN
         self.model, self.engine, self.length = model, engine, length
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         kinds = {type(layer) for layer in self.cache.layers}

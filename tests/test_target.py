@@ -37,7 +37,7 @@ def test_the_text_is_that_of_the_plain_model(tiny_moe, prompt, ratio, gamma, dev
             model, prompt, draft="ngram", num_draft_tokens=gamma, max_new_tokens=40
         )
         assert text.cpu().tolist() == plain.tolist()
-    target = attachment(model).target
+    target = attachment(model).targets[id(model)]
     assert not target.reasons
     if device == "cuda":
         assert set(target.captured) >= {1}
@@ -64,6 +64,20 @@ def test_logits_are_those_of_the_eager_forward(tiny_moe, prompt, device):
     spac.detach(model)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_draft_runs_over_a_static_cache_too(tiny_moe, prompt, device, do_sample):
+    draft = tiny_moe(num_hidden_layers=1).to(device)
+    options = {"do_sample": do_sample, "seed": 5, "max_new_tokens": 40}
+    plain = spac.generate(tiny_moe().to(device), prompt, **options).cpu()
+    model = attach(tiny_moe(), 0.4)
+    for helper in (draft, tiny_moe().to(device)):  # many and few rejections
+        for gamma in (3, "auto"):
+            text = spac.generate(model, prompt, draft=helper, num_draft_tokens=gamma, **options)
+            assert text.cpu().tolist() == plain.tolist()
+        assert id(helper) in attachment(model).targets
+    spac.detach(model)
+
+
 def test_delays_anywhere_change_nothing(tiny_moe, prompt, device):
     plain = spac.generate(tiny_moe().to(device), prompt, max_new_tokens=24).cpu()
     model = attach(tiny_moe(), 0.4)
@@ -86,7 +100,7 @@ def test_a_text_that_does_not_fit_the_cache_runs_eagerly(tiny_moe, prompt, caplo
     model = attach(tiny_moe(), max_length=64)
     spac.generate(model, prompt, max_new_tokens=30)
     assert "more than max_length=64" in caplog.text
-    assert attachment(model).target is None
+    assert not attachment(model).targets
     spac.detach(model)
 
 
