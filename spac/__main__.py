@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -150,6 +151,8 @@ class _Session:
 
     def warm_up(self) -> None:
         """First calls load libraries and size buffers; no figure should hold that."""
+        with contextlib.suppress(ImportError):
+            import cvxpy  # noqa: F401  the balancer's thread is at it, seconds on a slow machine
         tokens, self.options["max_new_tokens"] = self.options["max_new_tokens"], 4
         self.generate()
         self.options["max_new_tokens"] = tokens
