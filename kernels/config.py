@@ -94,7 +94,7 @@ def select_config(
         elif rows <= 96:
             gate_up, down = Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)
         elif device.major >= 9:
-            gate_up, down = Tile(128, 128, 64, 8, 3), Tile(128, 256, 32, 8, 6)
+            gate_up, down = Tile(128, 128, 64, 8, 4), Tile(128, 256, 32, 8, 6)
         else:  # mma.sync keeps both operands in registers: larger tiles spill
             gate_up, down = Tile(128, 64, 32, 8, 4), Tile(128, 128, 32, 8, 4)
     size = layout.dtype.itemsize

@@ -10,9 +10,11 @@ memory and both sides run on the CPU, one after the other.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +33,14 @@ from spac.pool import SlotPool
 from spac.store import HostStore
 
 COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Python ends its daemon threads where they are: inside C++ that would end the process."""
+    for engine in list(_open):
+        engine.close()
 
 
 class Engine:
@@ -88,6 +98,7 @@ class Engine:
             raise
         if config.policy != "static":
             self.copier.start()
+        _open.add(self)
 
     @property
     def _cuda(self) -> bool:
@@ -260,6 +271,7 @@ class Engine:
         """Stop the threads; no forward may be running. The store keeps the weights."""
         if os.getpid() != self._process:
             return  # after a fork: the threads, and a GPU's context, belong to the other process
+        _open.discard(self)
         self.copier.close()
         self.control.close()
         if self.handoff is not None:

@@ -1,25 +1,23 @@
-"""The sorted pairs and their tiles, from one launch and from two."""
+"""The sorted pairs and their tiles."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from spac.kernels import plan as plans
+from spac.kernels.plan import make_plan
 
 
-@pytest.mark.parametrize("one_launch", [True, False])
 @pytest.mark.parametrize(
     "tokens, top_k, E, block_m", [(1, 1, 1, 16), (300, 4, 9, 32), (170, 7, 33, 16), (700, 2, 5, 64)]
 )
-def test_pairs_are_sorted_and_cut(tokens, top_k, E, block_m, one_launch, device, monkeypatch):
-    monkeypatch.setattr(plans, "ONE_LAUNCH", 2**20 if one_launch else 0)
+def test_pairs_are_sorted_and_cut(tokens, top_k, E, block_m, device):
     torch.manual_seed(tokens)
     ids = torch.randint(-1, E + 2, (tokens, top_k), device=device, dtype=torch.int32)
     address = torch.arange(1, E + 1, device=device)
     address[E // 2] = 0
     table = SimpleNamespace(layout=SimpleNamespace(num_experts=E), address=address)
-    plan = plans.make_plan(ids, table, block_m)
+    plan = make_plan(ids, table, block_m)
     flat = ids.flatten()
     expected, offsets, tiles = [], [0], []
     for e in range(E):

@@ -1,5 +1,7 @@
 """Windows over a static cache, handed to the CPU by flags: same text, errors, no hang."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -157,3 +159,18 @@ def test_a_stalled_worker_is_an_error_in_time(device):
     assert time.monotonic() - start < 30
     release.set()
     link.close()
+
+
+def test_a_process_may_end_with_a_model_attached():
+    """The worker waits inside C++, where Python must not end it."""
+    program = """
+import spac
+from spac.demo_model import load_demo
+model, draft, tokenizer = load_demo()
+spac.attach(model, gpu_budget="64MB", draft=draft, max_length=256, static_windows=True)
+spac.generate(model, tokenizer("def f(", return_tensors="pt").input_ids, max_new_tokens=3)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
