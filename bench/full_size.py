@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -67,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shift", type=int, default=1, help="of expert ids when the trace repeats")
     group.add_argument("--link", type=float, metavar="GB/S", help="slow copies down to this")
     group.add_argument("--cpu-threads", type=int, default=0, help="default: torch's")
+    group.add_argument(
+        "--limit", type=float, default=math.inf, metavar="S", help="begin no row later"
+    )
     group.add_argument("--seed", type=int, default=0)
 
 
@@ -138,7 +142,7 @@ def run(args: argparse.Namespace) -> Table:
 
 
 def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -> Table:
-    made = job.made
+    start, made = time.perf_counter(), job.made
     layout, device = made.store.layouts[0], made.device
     machine = measure_machine(made.store.blobs, made.device)
     costs = measure(layout, device, limit_s=2.0)
@@ -154,6 +158,9 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
     notes = _notes(args, job, machine, dense)
     ratios = _slots(args, made, everything, length)
     for slots, gamma, name in progress(list(product(ratios, gammas, args.providers)), "full size"):
+        if time.perf_counter() - start > args.limit:
+            notes.append(f"{name} at gamma {gamma}: not begun after {args.limit:g} s")
+            continue
         try:
             make = partial(_provider, name, args, job, slots, costs, gamma)
             result = _measure(job, make, gamma)
@@ -308,8 +315,7 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
     trace = job.routing.trace
     draft = "costs nothing"
     if isinstance(job.draft, DenseDraft):
-        how = "in a CUDA graph" if job.draft.captured else f"eager ({job.draft.reason})"
-        draft = f"is a dense {args.draft} of random weights, {how}"
+        draft = f"is a dense {args.draft} of random weights, {job.draft.how}"
     return [
         "shapes, bytes, routing locality and timing are real; weights are random, so text is not",
         f"{len(made.store.layouts)} layers, {layout.num_experts} experts, top-{trace.shape[2]} as "

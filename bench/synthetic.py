@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
-    StaticCache,
 )
 
 import spac.hf  # noqa: F401  (registers the backend)
@@ -29,6 +28,7 @@ from spac.layout import ExpertLayout
 from spac.progress import progress
 from spac.replay import Window, WindowSource
 from spac.store import HostStore
+from spac.target import StaticTarget
 from spac.trace import Trace
 
 # Fields of transformers configs; experts and top-k come from the trace.
@@ -134,22 +134,18 @@ def _check_memory(nbytes: int) -> None:
 class Draft(Protocol):
     """Proposes tokens; here only its time matters."""
 
-    captured: bool
-
     def run(self, gamma: int) -> None: ...
 
 
 class NoDraftCost:
     """Drafted tokens cost nothing (prompt lookup)."""
 
-    captured = True
-
     def run(self, gamma: int) -> None:
         pass
 
 
 class DenseDraft:
-    """A dense Qwen3 of random weights; one greedy step is a CUDA graph where that works."""
+    """A dense Qwen3 of random weights; a greedy step is a CUDA graph where that works."""
 
     def __init__(self, shape: str, vocab: int, device: torch.device, length: int) -> None:
         layers, hidden, inter, heads, kv = DRAFTS[shape]
@@ -168,38 +164,22 @@ class DenseDraft:
         self.model.lm_head.weight = self.model.model.embed_tokens.weight
         _materialise(self.model, device, set())
         self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        self.cache = StaticCache(config=config, max_cache_len=length)
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.captured, self.reason = False, "no CUDA graphs on a CPU"
-        self._step()
-        if device.type == "cuda":
-            self._capture()
+        self.target = StaticTarget(self.model, None, length)
+        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.run(1)
 
-    def _step(self) -> None:
-        logits = self.model(input_ids=self.token, past_key_values=self.cache).logits
-        self.token.copy_(logits[:, -1:].argmax(-1))
-
-    def _capture(self) -> None:
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._step()
-            self.captured = True
-        except RuntimeError as error:
-            self.reason = str(error).splitlines()[0]
+    @property
+    def how(self) -> str:
+        """Whether its steps are CUDA graphs."""
+        if self.target.captured:
+            return "in a CUDA graph"
+        return f"eager ({', '.join(self.target.reasons) or 'no CUDA graphs on a CPU'})"
 
     def run(self, gamma: int) -> None:
         """`gamma` greedy steps; the cache keeps the length that it had."""
         for _ in range(gamma):
-            self.graph.replay() if self.captured else self._step()
-        for layer in self.cache.layers:
-            layer.cumulative_length.sub_(gamma)
+            self.token.copy_(self.target.verify(self.token).argmax(-1))
+        self.target.finish(gamma)
 
 
 class ReplayedRouting:

@@ -15,10 +15,12 @@ _HOME = {
     "generate": "spac.speculative",
     "load_profile": "spac.profile",
     "save_profile": "spac.profile",
+    "prometheus": "spac.status",
     "stats": "spac.status",
+    "timeline": "spac.spans",
 }
 __all__ = ["attach", "detach", "from_pretrained", "generate", "load_profile", "save_profile"]
-__all__ += ["stats"]
+__all__ += ["prometheus", "stats", "timeline"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,15 +16,33 @@ from spac.store import HostStore
 
 
 class CopyThread(threading.Thread):
-    """One round per window, on the latest snapshot. An exception is kept in `error`."""
+    """One round per window, on the latest snapshot. An exception is kept in `error`.
 
-    def __init__(self, pool: SlotPool, store: HostStore, control: Control, max_copies: int) -> None:
+    `late` counts copies whose expert had pairs while they were under way, `wasted` those that were
+    evicted before a pair met them in their slot. note(track, name, start) hears of every copy.
+    """
+
+    def __init__(
+        self,
+        pool: SlotPool,
+        store: HostStore,
+        control: Control,
+        max_copies: int,
+        note: Callable[[str, str, float], None] = lambda track, name, start: None,
+    ) -> None:
         super().__init__(name="spac-copy", daemon=True)
         self.pool, self.store, self.control, self.max_copies = pool, store, control, max_copies
         self.error: BaseException | None = None
-        self.bytes_copied = 0
+        self.bytes_copied = self.late = self.wasted = 0
+        self._note = note
+        # Pairs of each expert before it could have met one in its slot; -1: not copied by a round.
+        self._pairs = np.full(pool.held.shape, -1, dtype=np.int64)
+        self._fresh: list[tuple[int, int]] = []  # copied in the last round
         self._inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
-        self._stream = torch.cuda.Stream(pool.memory.device) if pool.memory.is_cuda else None
+        self._stream: torch.cuda.Stream | None = None
+        if pool.memory.is_cuda:
+            self._stream = torch.cuda.Stream(pool.memory.device)
+            self._copied = torch.cuda.Event(blocking=True)  # waits asleep: the CPU's FFN has work
 
     def submit(self, snapshot: Snapshot) -> None:
         """Start a round. Rounds that come late are skipped, the latest snapshot counts."""
@@ -65,6 +85,10 @@ class CopyThread(threading.Thread):
 
     def _round(self, snapshot: Snapshot) -> None:
         pool = self.pool
+        for place in self._fresh:
+            self.late += int(snapshot.frequency[place] > self._pairs[place])
+            self._pairs[place] = snapshot.frequency[place]
+        self._fresh.clear()
         self.control.observe(snapshot, pool.held)
         scores = self.control.scores()
         missing = ~pool.held & self.control.wanted()
@@ -76,14 +100,20 @@ class CopyThread(threading.Thread):
                 break
             self._copy(layer, expert, slot)
             copied += 1
+            self._pairs[layer, expert] = snapshot.frequency[layer, expert]
+            self._fresh.append((int(layer), int(expert)))
         waiting = wanted[copied + pool.pending :]
         victims = _sorted(scores, pool.held & (pool.slot_of >= 0), descending=False)
         for newcomer, victim in zip(waiting, victims, strict=False):
             if scores[tuple(newcomer)] <= scores[tuple(victim)] + self.control.policy.margin:
                 break
-            pool.evict(int(victim[0]), int(victim[1]))
+            place = int(victim[0]), int(victim[1])
+            self.wasted += int(self._pairs[place] == snapshot.frequency[place])
+            self._pairs[place] = -1
+            pool.evict(*place)
 
     def _copy(self, layer: int, expert: int, slot: int) -> None:
+        start = time.perf_counter()
         blob = self.store.blobs[layer][expert]
         target = self.pool.memory[slot, : blob.numel()]
         self.pool.held[layer, expert] = True
@@ -92,8 +122,10 @@ class CopyThread(threading.Thread):
         else:
             with torch.cuda.stream(self._stream):
                 target.copy_(blob, non_blocking=True)
-            self._stream.synchronize()
+                self._copied.record()
+            self._copied.synchronize()
         self.bytes_copied += blob.numel()
+        self._note("link", f"layer {layer} expert {expert}", start)
         self.pool.load(int(layer), int(expert), slot)
 
 

@@ -67,7 +67,7 @@ class Engine:
         self.control = Control(config, costs, num_layers, num_experts, top_k, num_slots)
         self.bounds = torch.from_numpy(self.control.bounds).to(device)
         self._bounds_shown = self.control.bounds
-        self.copier = CopyThread(self.pool, store, self.control, config.max_copies)
+        self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
         self.host_tables = [store.table(layer) for layer in range(num_layers)]
         self.slot_tables = [
             ExpertTable.from_blobs(layout, self.pool.address[layer], owner=self.pool.memory)
@@ -77,7 +77,9 @@ class Engine:
         self.windows = 0
         self.prefill_tokens = 0
         self.streamed_bytes = 0
-        self._cpu_seconds = 0.0
+        self.cpu_seconds = 0.0  # in the CPU's FFN
+        self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
+        self._began = 0.0
         self.handoff: HandOff | None = None
         self._by_flags = False
         # For settle: utility at the start of the window, and its ids.
@@ -144,9 +146,7 @@ class Engine:
             hidden_host = hidden
         if not bool((cpu_ids >= 0).any()):
             return partial.to(hidden.dtype)
-        start = time.perf_counter()
         rest = self._on_cpu(layer, hidden_host, cpu_ids, weights)
-        self._cpu_seconds += time.perf_counter() - start
         if self._staging is not None:
             rest = self._staging.send_back(rest, self.device)
         return ops.combine([partial, rest], hidden.dtype)
@@ -167,7 +167,16 @@ class Engine:
         return resident_ids, cpu_ids
 
     def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return ops.expert_ffn_table(hidden, ids, weights, self.host_tables[layer])
+        start = time.perf_counter()
+        rows = ops.expert_ffn_table(hidden, ids, weights, self.host_tables[layer])
+        self.cpu_seconds += time.perf_counter() - start
+        self.note("cpu", f"layer {layer}", start)
+        return rows
+
+    def note(self, track: str, name: str, start: float) -> None:
+        """For `spac.spans`: what began at `start` (time.perf_counter) has ended now."""
+        if self.spans is not None:
+            self.spans.append((track, name, start, time.perf_counter()))
 
     # The forward by flags (spac.target): between `begin_window` and `check` the host program
     # does nothing for a layer, so that a CUDA graph can hold all of them.
@@ -218,11 +227,6 @@ class Engine:
         ):
             target.copy_(source)
 
-    @property
-    def cpu_seconds(self) -> float:
-        """Seconds in the CPU's FFN."""
-        return self._cpu_seconds + (0.0 if self.handoff is None else self.handoff.seconds)
-
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         slots, host = self.pool.address[layer], self._host_address[layer]
         table = ExpertTable.from_blobs(
@@ -240,7 +244,7 @@ class Engine:
                 f"spac: the copy thread stopped: {self.copier.error}"
             ) from self.copier.error
         self.windows += 1
-        self._width = width
+        self._width, self._began = width, time.perf_counter()
         bounds = self.control.bounds
         if bounds is not self._bounds_shown:
             self.bounds.copy_(torch.from_numpy(bounds))
@@ -255,6 +259,7 @@ class Engine:
 
     def settle(self, accepted: Tensor) -> None:
         """After a verify window: count the pairs of rejected tokens by `rejected_weight`."""
+        self.note("windows", f"window {self.windows}, {self._width} tokens", self._began)
         if self._before is None:
             return
         ops.settle(

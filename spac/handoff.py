@@ -10,7 +10,6 @@ GPU the same protocol runs with the device's part in torch (tests).
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import torch
@@ -57,7 +56,6 @@ class HandOff:
         self._window = torch.zeros(1, dtype=torch.int32, device=device)
         self._count = 0
         self._width = 0
-        self.seconds = 0.0  # in `compute`
         self.error: BaseException | None = None
         self._closing = False
         # One core stays with the host program, which spins while it waits for the GPU.
@@ -132,9 +130,7 @@ class HandOff:
         if int(ids.max()) < 0:
             back.zero_()
             return
-        start = time.perf_counter()
         back.copy_(self.compute(layer, self._hidden[:width], ids, self._weights[:width]))
-        self.seconds += time.perf_counter() - start
 
 
 def _reached(flags: Tensor, index: int, value: int, seconds: float) -> bool:

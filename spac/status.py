@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
 
     `coverage` is the share of the decode pairs that ran on resident experts, `bytes_copied` what
     the copy thread moved into slots since the first fill, `streamed_bytes` what prefill read of
-    experts that were not resident. Raises ValueError if the model is not attached.
+    experts that were not resident. A copy is late if its expert had pairs while it was under way,
+    wasted if it was evicted unused. Raises ValueError if the model is not attached.
     """
     state = attachment(model)
     if state is None:
@@ -29,6 +31,25 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     if state.last_generation is not None:
         out["generation"] = _generation_stats(state)
     return out
+
+
+def prometheus(model: PreTrainedModel) -> str:
+    """`stats` as Prometheus text: one gauge per number, lists by layer."""
+    lines: list[str] = []
+    for name, value in _numbers("spac", stats(model)):
+        lines.append(f"# TYPE {name} gauge")
+        values = value if isinstance(value, list) else [value]
+        label = '{{layer="{}"}}' if isinstance(value, list) else ""
+        lines += [f"{name}{label.format(i)} {float(v):g}" for i, v in enumerate(values)]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(f"{prefix}_{name}", value)
+        elif isinstance(value, (int, float)) or name in ("coverage_by_layer", "tau", "slots"):
+            yield f"{prefix}_{name}", value
 
 
 def _engine_stats(engine: Engine) -> dict[str, Any]:
@@ -45,6 +66,8 @@ def _engine_stats(engine: Engine) -> dict[str, Any]:
         "loads": pool.loads,
         "evictions": pool.evictions,
         "resident": int((pool.slot_of >= 0).sum()),
+        "late_copies": engine.copier.late,
+        "wasted_copies": engine.copier.wasted,
         "bytes_copied": max(engine.copier.bytes_copied - filled, 0),
         "streamed_bytes": engine.streamed_bytes,
         "prefill_tokens": engine.prefill_tokens,

@@ -100,7 +100,10 @@ class StaticTarget:
             layer.cumulative_length = view
         self._places = torch.arange(length, device=device)
         self._windows: dict[int, _Window] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = None
+        if device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+            self._ended = torch.cuda.Event(blocking=True)
         self.reasons: list[str] = []  # of windows that could not be captured
 
     @property
@@ -128,6 +131,9 @@ class StaticTarget:
             return self._run(window, ready.flags)
         ready.tokens.copy_(window)
         ready.graph.replay()
+        if self.engine is not None:  # asleep, since a thread that spins takes a core from the FFN
+            self._ended.record()
+            self._ended.synchronize()
         return ready.logits
 
     def finish(self, rejected: int) -> None:
