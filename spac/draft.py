@@ -41,6 +41,8 @@ class ModelDraft:
             )
         self.model, self.warp, self.generator = model, warp, generator
         self.target = EagerTarget(model) if target is None else target
+        for width in (1, 2):  # what `propose` feeds
+            self.target.prepare(width)
         self._seen = torch.empty(0, dtype=torch.int64)  # the tokens that the cache holds
 
     def propose(self, tokens: Tensor, gamma: int) -> tuple[Tensor, Tensor | None]:

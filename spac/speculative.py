@@ -35,7 +35,8 @@ class GenerationResult:
     drafted: int = 0
     accepted: int = 0
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    decode_seconds: float = 0.0  # without capture_seconds
+    capture_seconds: float = 0.0  # spent on CUDA graphs, once for each width of a window
     gammas: list[int] = field(default_factory=list)  # draft length of every window
     draft_length_reason: str = ""
 
@@ -136,8 +137,10 @@ def generate(
         drafted = drafted.to(device)
         if probs is not None:
             probs = probs.to(device)
-        drafted_at = time.perf_counter()
         window = torch.cat([tokens[-1:], drafted])
+        captured = target.prepare(window.numel())
+        began += captured
+        drafted_at = time.perf_counter()
         logits = target.verify(window)
         accepted, new = _accept(logits, drafted, probs, warp, tokens, generator)
         if engine is not None:
@@ -150,6 +153,7 @@ def generate(
         result.accepted += kept
         result.gammas.append(drafted.numel())
         chooser.observe(drafted.numel(), kept, ended - drafted_at, drafted_at - began)
+        result.capture_seconds += captured
         tokens, done = _append(tokens, new, result, max_new_tokens, eos, streamer)
         result.decode_seconds += ended - began
     if streamer is not None:

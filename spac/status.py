@@ -97,6 +97,7 @@ def _generation_stats(state: Attachment) -> dict[str, Any]:
         "tokens_per_second",
         "prefill_seconds",
         "decode_seconds",
+        "capture_seconds",
     )
     out = {name: getattr(result, name) for name in names}
     return out | {"draft_length_reason": result.draft_length_reason, "gammas": result.gammas}

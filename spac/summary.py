@@ -38,6 +38,8 @@ def _rows(
         ("tokens per target forward", f"{result.tokens_per_forward:.2f}"),
         ("draft length", _draft_lengths(result)),
     ]
+    if result.capture_seconds:
+        rows.append(("CUDA graphs", f"captured in {result.capture_seconds:.2g} s, not counted"))
     if not stats["offloaded"]:
         return rows + [("experts", "all on the CPU, no GPU budget")]
     budget, balancer = stats["budget"], stats["balancer"]

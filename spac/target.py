@@ -8,6 +8,7 @@ and reads the accepted tokens. Rejected tokens are forgotten by moving the cache
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,10 @@ class Target(Protocol):
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """Feed the prompt int64 [n]; logits [1, V] of its last token."""
+        ...
+
+    def prepare(self, width: int) -> float:
+        """Make what windows of `width` tokens need, once; the seconds that it took."""
         ...
 
     def verify(self, window: Tensor) -> Tensor:
@@ -51,6 +56,9 @@ class EagerTarget:
                 input_ids=chunk[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
         return out.logits[0, -1:]
+
+    def prepare(self, width: int) -> float:
+        return 0.0
 
     def verify(self, window: Tensor) -> Tensor:
         out = self.model(input_ids=window[None], past_key_values=self.cache, use_cache=True)
@@ -120,11 +128,17 @@ class StaticTarget:
             logits = self._forward(chunk, keep=1)
         return logits[-1:]
 
+    def prepare(self, width: int) -> float:
+        if width in self._windows:
+            return 0.0
+        start = time.perf_counter()
+        self._windows[width] = self._prepare(width)
+        return time.perf_counter() - start
+
     def verify(self, window: Tensor) -> Tensor:
         width = window.numel()
-        ready = self._windows.get(width)
-        if ready is None:
-            ready = self._windows[width] = self._prepare(width)
+        self.prepare(width)
+        ready = self._windows[width]
         if ready.flags and self.engine is not None:
             self.engine.begin_window(width)
         if ready.graph is None or ready.logits is None:

@@ -161,6 +161,17 @@ def test_a_stalled_worker_is_an_error_in_time(device):
     link.close()
 
 
+def test_windows_are_prepared_once_and_not_counted_as_decoding(tiny_moe, prompt, device):
+    model = tiny_moe().to(device)
+    attach(model)
+    options = {"draft": "ngram", "num_draft_tokens": 3, "max_new_tokens": 12}
+    runs = [spac.generate(model, prompt, return_result=True, **options) for _ in range(2)]
+    assert runs[0].capture_seconds > 0
+    assert runs[1].capture_seconds == 0
+    assert all(run.decode_seconds > 0 for run in runs)
+    assert spac.stats(model)["generation"]["capture_seconds"] == 0
+
+
 def test_a_process_may_end_with_a_model_attached():
     """The worker waits inside C++, where Python must not end it."""
     program = """
