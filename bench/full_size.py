@@ -37,6 +37,7 @@ from spac.bench.synthetic import (
 )
 from spac.budget import kv_cache_bytes, parameter_bytes
 from spac.config import POLICIES, SpacConfig, format_bytes, parse_bytes
+from spac.cores import set_ffn_threads
 from spac.cost import CostModel, measure
 from spac.experts import find_experts
 from spac.progress import progress
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-tokens", type=int, default=512)
     group.add_argument("--shift", type=int, default=1, help="of expert ids when the trace repeats")
     group.add_argument("--link", type=float, metavar="GB/S", help="slow copies down to this")
-    group.add_argument("--cpu-threads", type=int, default=0, help="default: torch's")
+    group.add_argument("--cpu-threads", type=int, help="default: as spac.config has it")
     group.add_argument(
         "--limit", type=float, default=math.inf, metavar="S", help="begin no row later"
     )
@@ -99,6 +100,7 @@ class Job:
     warmup: int  # tokens
 
     length: int  # tokens of KV cache
+    threads: int  # of the CPU's FFN
 
     def target(self, provider: Provider) -> Target:
         """The forward as `provider` can have it: those that need ids on the host run eagerly."""
@@ -114,7 +116,7 @@ def run(args: argparse.Namespace) -> Table:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     trace = load_trace(args.trace)
-    torch.ops.spac.set_cpu_threads(args.cpu_threads)
+    threads = set_ffn_threads(args.cpu_threads, device.type == "cuda")
     try:
         made = build(args.shape, trace, args.layers, device)
         layers = len(made.store.layouts)
@@ -135,6 +137,7 @@ def run(args: argparse.Namespace) -> Table:
             _draft(args.draft, made, length),
             args.warmup,
             length,
+            threads,
         )
         return _table(args, job, gammas, length)
     finally:
@@ -327,9 +330,10 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         "static knows its hot set from the same text (hindsight)",
         "spac and resident run a window as one CUDA graph; the others, and spac-eager, wait for "
         "each layer's ids on the host, in transformers' eager forward",
-        f"measured: CPU reads {machine.read / 1e9:.1f} GB/s, link {machine.link / 1e9:.1f} GB/s, "
-        f"GPU memory {machine.memory / 1e9:.0f} GB/s; of roofline: the slowest of these for the "
-        "bytes that the provider itself touched / the verify step without draft",
+        f"measured: CPU reads {machine.read / 1e9:.1f} GB/s on {job.threads} threads, link "
+        f"{machine.link / 1e9:.1f} GB/s, GPU memory {machine.memory / 1e9:.0f} GB/s",
+        "of roofline: the slowest of these for the bytes that the provider itself touched / the "
+        "verify step without draft",
         "PCIe busy: bytes / link; CPU busy: seconds in the CPU kernels; GPU busy: kernel time in "
         f"{_PROFILED} profiled windows"
         + (f"; copies at most {args.link} GB/s" if args.link else ""),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import spac.hf  # noqa: F401  (registers the backend)
 from spac.budget import Budget, plan_budget
 from spac.config import SpacConfig, parse_bytes
+from spac.cores import set_ffn_threads
 from spac.cost import CostModel, measure
 from spac.engine import Engine
 from spac.experts import (
@@ -126,6 +127,7 @@ def attach(
         experts_bytes = sum(p.nbytes for layer in parameters for p in layer.values())
         for layer in progress(parameters, "host store", show=experts_bytes > _SHOW_FROM):
             store.adopt(layer)
+        set_ffn_threads(config.cpu_threads, target.type == "cuda")
         costs = _costs(layouts[0], target, known)
         first = None if known is None else known.rate
         state.engine = Engine(store, budget.slots, shape[2], target, config, costs, first)

@@ -47,6 +47,9 @@ class SpacConfig:
     # Windows over a static KV cache, one CUDA graph each (spac.target). None: on a GPU; True: on a
     # CPU too, the same path without graphs; False: transformers' eager forward.
     static_windows: bool | None = None
+    # Of the CPU's FFN, for the whole process. None: beside a GPU every core but one, without one
+    # torch's number, which OMP_NUM_THREADS sets.
+    cpu_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -56,5 +59,7 @@ class SpacConfig:
         for name in ("max_length", "max_window", "max_utility", "rebalance_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.cpu_threads is not None and not 1 <= self.cpu_threads <= 1024:
+            raise ValueError(f"cpu_threads: expected 1..1024 or None, got {self.cpu_threads}")
         if self.max_copies < 0:
             raise ValueError(f"max_copies: must not be negative, got {self.max_copies}")

@@ -58,9 +58,7 @@ class HandOff:
         self._width = 0
         self.error: BaseException | None = None
         self._closing = False
-        # One core stays with the host program, which spins while it waits for the GPU.
-        threads = torch.get_num_threads()
-        self._threads = threads - 1 if pin and threads > 4 else threads
+        self._threads = torch.get_num_threads()  # torch keeps it per thread
         self._worker = threading.Thread(target=self._serve, name="spac-cpu", daemon=True)
         self._worker.start()
 
@@ -111,7 +109,7 @@ class HandOff:
     def _serve(self) -> None:
         window = 0
         try:
-            torch.set_num_threads(self._threads)  # torch keeps it per thread
+            torch.set_num_threads(self._threads)
             while True:
                 window += 1
                 for layer in range(self.layers):
