@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> Table:
     if args.rounds < 1:
         raise ValueError(f"--rounds: must be at least 1, got {args.rounds}")
     rng = random.Random(args.seed)
+    before = _threads()
     model, draft, tokenizer = load_demo()
     prompts = held_out_prompts(tokenizer, 20, 96)
     totals = {"rounds": 0, "generations": 0, "tokens": 0, "different": 0, "wrong": 0}
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> Table:
         if time.monotonic() > end:
             break
     last = resident_bytes()
-    left = sum(t.name.startswith("spac-") for t in threading.enumerate())
+    left = len(_threads() - before)
     failed = bool(totals["different"] or totals["wrong"] or left or last > early + GROWTH)
     row = [*totals.values(), early / 1e6, last / 1e6, left]
     return Table(list(COLUMNS), [row], f"soak, seed {args.seed}", notes, failed=failed)
@@ -125,6 +126,10 @@ class _Counted:
         if not 0 <= s["resident_pairs"] <= s["pairs"] or s["resident"] > s["budget"]["slots"]:
             wrong.append(f"resident pairs {s['resident_pairs']}, experts {s['resident']}")
         return wrong
+
+
+def _threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith("spac-")}
 
 
 def _text(model: Any, ids: Any, draft: Any, gamma: int | str, new: int) -> GenerationResult:

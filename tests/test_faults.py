@@ -42,8 +42,21 @@ def text(model, draft="ngram", **options):
     return spac.generate(model, PROMPT, **options).cpu()
 
 
+def spac_threads():
+    return {t for t in threading.enumerate() if t.name.startswith("spac-")}
+
+
+OTHERS: set[threading.Thread] = set()  # of models that other tests left attached
+
+
+@pytest.fixture(autouse=True)
+def others():
+    OTHERS.clear()
+    OTHERS.update(spac_threads())
+
+
 def threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("spac-")]
+    return [t.name for t in spac_threads() - OTHERS]
 
 
 def check_clean(model, expected):
