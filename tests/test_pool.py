@@ -25,7 +25,7 @@ class SlotProtocol(RuleBasedStateMachine):
     def slot_tag(self, slot: int) -> torch.Tensor:
         return self.pool.memory[slot, :8].view(torch.int64)
 
-    @rule(layer=st.integers(0, LAYERS - 1))
+    @rule(layer=st.none() | st.integers(0, LAYERS - 1))
     def forward_passes(self, layer):
         self.pool.publish(layer)
 
