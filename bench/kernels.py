@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from spac import ops, reference
-from spac.bench.report import Table, pyplot
+from spac.bench.report import Table
 from spac.layout import ExpertLayout, ExpertTable
+from spac.plotting import pyplot
 from spac.progress import progress
 
 NAME = "kernels"

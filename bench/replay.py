@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from spac.balance import Balancer
-from spac.bench.report import Table, pyplot
+from spac.bench.report import Table
 from spac.cost import CostModel
 from spac.draft_length import DraftLengthController
 from spac.machine import MACHINES, find_machine
+from spac.plotting import pyplot
 from spac.policy import POLICIES, Policy, make_policy
 from spac.progress import progress
 from spac.replay import REJECTED, Replay, WindowSource, make_windows, oracle_bound, replay

@@ -84,15 +84,3 @@ def format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot for files. Raises ValueError if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot: needs matplotlib (pip install spac[plot])") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt

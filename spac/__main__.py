@@ -1,4 +1,4 @@
-"""Command line: `python -m spac generate` and `python -m spac trace`."""
+"""Command line: `python -m spac generate`, `trace` and `plan`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from spac import plan
 
 DEMO_PROMPT = '''"""Find files and copy them."""
 
@@ -19,6 +21,13 @@ import sys
 
 def find_files(path, pattern):
     """Return the names of the files under path that match pattern."""'''
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage is one line, as bad input is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"spac: {message}; {self.prog} --help shows the options\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m spac", description=__doc__)
+    parser = _Parser(prog="python -m spac", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate = commands.add_parser(
         "generate", help="generate text with experts offloaded and speculative decoding"
@@ -60,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(trace)
     trace.add_argument("--output", required=True, metavar="FILE", help="the trace to write")
     trace.set_defaults(run=_trace)
+    forecast = commands.add_parser("plan", help="predict the speed of a model by GPU budget")
+    plan.add_arguments(forecast)
+    forecast.set_defaults(run=plan.run)
     return parser
 
 
