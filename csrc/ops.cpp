@@ -148,7 +148,7 @@ int64_t cpu_multiply_add(int64_t steps) {
   return done.load() * steps * peak.flops_per_step;
 }
 
-// Waits until flags[index] >= value: spins for a moment, then sleeps between looks. False if that
+// Waits until flags[index] >= value: spins for a moment, then sleeps between looks, longer and longer. False if that
 // took longer than `seconds`. Someone else writes the flags: another thread, or a GPU.
 bool wait_flag(const Tensor& flags, int64_t index, int64_t value, double seconds) {
   check(flags.is_cpu() && flags.is_contiguous() && flags.scalar_type() == ScalarType::Int &&
@@ -164,7 +164,8 @@ bool wait_flag(const Tensor& flags, int64_t index, int64_t value, double seconds
     if (waited < std::chrono::milliseconds(2))
       for (int i = 0; i < 32; ++i) cpu_pause();
     else
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      std::this_thread::sleep_for(
+          std::chrono::microseconds(waited < std::chrono::milliseconds(200) ? 50 : 1000));
   }
   return true;
 }

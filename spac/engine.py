@@ -82,6 +82,8 @@ class Engine:
         self._began = 0.0
         self.handoff: HandOff | None = None
         self._by_flags = False
+        # Every expert has a slot from the first fill on: the CPU never has anything to do.
+        self._everything = num_slots >= num_layers * num_experts
         # For settle: utility at the start of the window, and its ids.
         self._before: Tensor | None = None
         self._window_ids = torch.full(
@@ -123,10 +125,7 @@ class Engine:
 
     def _forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self._by_flags and self.handoff is not None:
-            resident_ids, cpu_ids = self._split(layer, ids)
-            self.handoff.send(layer, hidden, cpu_ids, weights)
-            partial = ops.expert_ffn_table(hidden, resident_ids, weights, self.slot_tables[layer])
-            return self.handoff.join(layer, partial, hidden.dtype)
+            return self._handed(layer, hidden, ids, weights, self.handoff)
         prefill = hidden.shape[0] > self.config.max_window
         if layer == 0 and not prefill:
             self._begin_window(hidden.shape[0])
@@ -166,6 +165,17 @@ class Engine:
             self._window_ids[layer, : ids.shape[0]] = ids
         return resident_ids, cpu_ids
 
+    def _handed(
+        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, handoff: HandOff
+    ) -> Tensor:
+        resident_ids, cpu_ids = self._split(layer, ids)
+        table = self.slot_tables[layer]
+        if self._everything:
+            return ops.expert_ffn_table(hidden, resident_ids, weights, table, hidden.dtype)
+        handoff.send(layer, hidden, cpu_ids, weights)
+        partial = ops.expert_ffn_table(hidden, resident_ids, weights, table)
+        return handoff.join(layer, partial, hidden.dtype)
+
     def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         start = time.perf_counter()
         rows = ops.expert_ffn_table(hidden, ids, weights, self.host_tables[layer])
@@ -200,7 +210,8 @@ class Engine:
         assert self.handoff is not None
         self._begin_window(width)
         self.pool.publish()
-        self.handoff.begin(width)
+        if not self._everything:
+            self.handoff.begin(width)
 
     @contextmanager
     def by_flags(self) -> Iterator[None]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from spac import ops
 
 Compute = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, hidden, ids, weights) -> rows
-_ANSWERED = 2**31 - 1  # a failed worker's done: nothing has to wait for it any more
-_SLICE_S = 0.1  # seconds after which an idle worker looks whether it is to stop
+_NOW = 2**31 - 1  # a flag that nobody has to wait for: of a failed worker, of a bell that closes
+_SLICE_S = 5.0  # an idle worker waits in slices of this
 
 
 class HandOff:
@@ -104,6 +104,7 @@ class HandOff:
     def close(self) -> None:
         """Stop the worker; no window may be running."""
         self._closing = True
+        self.bell.fill_(_NOW)
         self._worker.join()
 
     def _serve(self) -> None:
@@ -114,13 +115,14 @@ class HandOff:
                 window += 1
                 for layer in range(self.layers):
                     while not _reached(self.bell, layer, window, _SLICE_S):
-                        if self._closing:
-                            return
+                        pass
+                    if self._closing:
+                        return
                     self._answer(layer)
                     self.done[layer] = window
         except BaseException as error:  # reported by `check`
             self.error = error
-            self.done.fill_(_ANSWERED)
+            self.done.fill_(_NOW)
 
     def _answer(self, layer: int) -> None:
         width = self._width
