@@ -14,6 +14,7 @@ from spac.draft_length import DraftLengthController
 from spac.machine import MACHINES, find_machine
 from spac.plotting import pyplot
 from spac.policy import POLICIES, Policy, make_policy
+from spac.profile import find_profile
 from spac.progress import progress
 from spac.replay import REJECTED, Replay, WindowSource, make_windows, oracle_bound, replay
 from spac.trace import Trace, load_trace
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--live", action="store_true", help="scores may change within a window")
     parser.add_argument("--balance", action="store_true", help="thresholds by the balancer")
     parser.add_argument("--warmup", type=float, default=0.25, help="share of the trace not counted")
+    parser.add_argument("--start", metavar="FILE", help="begin warm: profile or trace of the model")
     parser.add_argument("--shape", type=int, nargs=2, metavar=("HIDDEN", "INTERMEDIATE"))
     parser.add_argument("--plot", metavar="FILE", help="curves and a residency heat map")
 
@@ -87,6 +89,9 @@ def run(args: argparse.Namespace) -> Table:
         _, layers, _ = trace.shape
         slots = int(share * layers * trace.num_experts)
         options = {"streaming": args.streaming, "draft_token": draft, "warmup": args.warmup}
+        begin = None
+        if args.start:
+            begin = find_profile(args.start, layers, trace.num_experts, trace.shape[2])
         oracle = None
         if window != "auto":
             windows = make_windows(trace, int(window) - 1, args.acceptance, args.rejected)
@@ -96,6 +101,7 @@ def run(args: argparse.Namespace) -> Table:
             policy = make_policy(policy_name, layers, trace.num_experts, slots, weight)
             if args.live or policy_name == "activation":
                 options["live"] = True
+            options["profile"] = begin
             if window == "auto":
                 source = WindowSource(trace, args.acceptance, args.rejected)
                 result = replay_auto(source, policy, cost, slots, **options)
@@ -103,6 +109,7 @@ def run(args: argparse.Namespace) -> Table:
                 balancer = Balancer() if args.balance else None
                 result = replay(windows, policy, cost, slots, balancer=balancer, **options)
             options.pop("live", None)
+            options.pop("profile")
             row = [name, args.profile, window, share, round(1e-9 / cost.h2d_byte, 1), policy_name]
             rows.append(row + _figures(result, oracle))
             kept.append((row, result))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from spac.balance import BalanceProblem, Balancer
 from spac.cost import CostModel
 from spac.policy import Policy, PrefetchOracle, Spac
+from spac.profile import Profile
 from spac.trace import Trace
 from spac.utility import pair_counts
 
@@ -125,11 +126,21 @@ def window_counts(windows: Sequence[Window], num_experts: int) -> NDArray[np.flo
 class _Slots:
     """Residency, and the one copy that is under way. Experts are flat indices layer * E + e."""
 
-    def __init__(self, layers: int, experts: int, slots: int, copy_seconds: float) -> None:
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        slots: int,
+        copy_seconds: float,
+        first: NDArray[np.float64] | None = None,
+    ) -> None:
         self.resident = np.zeros(layers * experts, dtype=bool)
         index = np.arange(min(slots, layers * experts))
-        expert, layer = np.divmod(index, layers)  # the engine's first fill
-        self.resident[layer * experts + expert] = True
+        if first is None:
+            expert, layer = np.divmod(index, layers)  # the engine's first fill
+            self.resident[layer * experts + expert] = True
+        else:
+            self.resident[np.argsort(-first.ravel(), kind="stable")[: len(index)]] = True
         self.free = slots - len(index)
         self.copy_seconds = copy_seconds
         self.coming, self.left = -1, 0.0
@@ -202,6 +213,7 @@ def replay(
     warmup: float = 0.25,
     balancer: Balancer | None = None,
     balance_every: int = 8,
+    profile: Profile | None = None,
     on_window: Callable[[Window, float], None] | None = None,
 ) -> Replay:
     """Run every window; counts start after the first `warmup` share of the trace.
@@ -210,13 +222,18 @@ def replay(
     began. streaming: experts that are missing may be read over the link instead of computed on the
     CPU, as many as make the layer fastest, and stay if they beat a resident (three-way split).
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
+    profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
     on_window(window, seconds) is called after each; `windows` may be drawn as the replay goes.
     """
     layers, num_experts = policy.shape
     if policy.foresight:
         windows = list(windows)
         policy.prepare(window_counts(windows, num_experts))
-    pool = _Slots(layers, num_experts, slots, float(cost.h2d(1)))
+    if profile is not None:
+        profile.check_model(layers, num_experts)
+        policy.warm_start(profile.rate)
+    first = None if profile is None else profile.rate
+    pool = _Slots(layers, num_experts, slots, float(cost.h2d(1)), first)
     out = Replay(expert_bytes=cost.expert_bytes)
     for w, window in enumerate(windows):
         counted = window.at >= warmup

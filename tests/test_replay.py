@@ -8,6 +8,7 @@ from spac.balance import Balancer
 from spac.cost import CostModel
 from spac.machine import MACHINES, Machine, find_machine
 from spac.policy import POLICIES, make_policy
+from spac.profile import Profile
 from spac.replay import (
     REJECTED,
     Window,
@@ -111,6 +112,24 @@ def test_faster_links_and_larger_pools_help():
         cost = machine.cost(9_437_184, 9_437_184)
         speeds.append(oracle_bound(windows, 16, cost, slots).tokens_per_second)
     assert speeds == sorted(speeds) and speeds[0] < speeds[2]
+
+
+@pytest.mark.parametrize("policy", ["spac", "activation", "lfu"])
+def test_a_profile_of_the_trace_helps_its_first_windows(policy):
+    trace = synthetic()
+    windows, cost = make_windows(trace, 3), MACHINES["h200"].cost(9_437_184, 9_437_184)
+    first = [
+        np.mean(
+            replay(
+                windows, make_policy(policy, 6, 16, 30), cost, 30, warmup=0.0, profile=start
+            ).coverage_by_window[:4]
+        )
+        for start in (None, Profile.of_trace(trace))
+    ]
+    assert first[1] > first[0] + 0.1
+    other = Profile.of_trace(Trace(trace.expert_ids[:, :5], 16))
+    with pytest.raises(ValueError, match="5 layers x 16 experts; this model has 6 x 16"):
+        replay(windows, make_policy(policy, 6, 16, 30), cost, 30, profile=other)
 
 
 @pytest.mark.parametrize("rejected", REJECTED)
