@@ -148,8 +148,8 @@ int64_t cpu_multiply_add(int64_t steps) {
   return done.load() * steps * peak.flops_per_step;
 }
 
-// Waits until flags[index] >= value: spins for a moment, then sleeps between looks, longer and longer. False if that
-// took longer than `seconds`. Someone else writes the flags: another thread, or a GPU.
+// Waits until flags[index] >= value: spins for a moment, then sleeps between looks, longer and
+// longer. False if that took more than `seconds`. Another thread, or a GPU, writes the flags.
 bool wait_flag(const Tensor& flags, int64_t index, int64_t value, double seconds) {
   check(flags.is_cpu() && flags.is_contiguous() && flags.scalar_type() == ScalarType::Int &&
             index >= 0 && index < flags.numel(),
