@@ -248,10 +248,10 @@ def replay(
         for layer in range(layers):
             ids = window.ids[:, layer]
             n = pair_counts(ids, num_experts)
-            first = layer * num_experts
-            here = pool.resident[first : first + num_experts]
+            offset = layer * num_experts
+            here = pool.resident[offset : offset + num_experts]
             hit, missing = np.flatnonzero((n > 0) & here), np.flatnonzero((n > 0) & ~here)
-            pool.unused[first + hit] = False
+            pool.unused[offset + hit] = False
             streamed = _streamed(cost, n, hit, missing, pool.left) if streaming else missing[:0]
             on_link = pool.left + len(streamed) * pool.copy_seconds if len(streamed) else 0.0
             cpu = np.setdiff1d(missing, streamed, assume_unique=True)
@@ -259,7 +259,7 @@ def replay(
             cpu_side = cost.cpu(len(cpu), n[cpu].sum())
             took = float(cost.dense(W)) + max(float(gpu_side), float(cpu_side), on_link)
             if counted:
-                coming = pool.coming - first
+                coming = pool.coming - offset
                 out.late += 0 <= coming < num_experts and bool(n[coming])
                 out.streamed += len(streamed)
             pairs, resident_pairs = pairs + n.sum(), resident_pairs + n[hit].sum()
@@ -271,7 +271,7 @@ def replay(
             score = policy.score()[layer] if len(streamed) else n
             for e in streamed:
                 if not here[e] and pool.make_room(score[e]):
-                    pool.settle(first + e, score[e])
+                    pool.settle(offset + e, score[e])
             pool.run(took - on_link)
             seconds += took
         policy.end_window(window.accepted)
