@@ -232,8 +232,8 @@ def replay(
     if profile is not None:
         profile.check_model(layers, num_experts)
         policy.warm_start(profile.rate)
-    first = None if profile is None else profile.rate
-    pool = _Slots(layers, num_experts, slots, float(cost.h2d(1)), first)
+    fill = None if profile is None else profile.rate
+    pool = _Slots(layers, num_experts, slots, float(cost.h2d(1)), fill)
     out = Replay(expert_bytes=cost.expert_bytes)
     for w, window in enumerate(windows):
         counted = window.at >= warmup
