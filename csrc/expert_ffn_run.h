@@ -58,6 +58,8 @@ class ExpertFfn {
     pool_.run(threads, job);
   }
 
+  void stay_awake(bool awake) { pool_.stay_awake(awake); }
+
  private:
   struct Expert {
     ExpertWeights weights;

@@ -54,6 +54,22 @@ T& per_process() {
   return owned->value;
 }
 
+// A thread that leaves all signals to the interpreter's threads.
+template <class Work>
+std::thread without_signals(Work work) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // a new thread inherits this mask
+  try {
+    std::thread thread(work);
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return thread;
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
+}
+
 class ThreadPool {
  public:
   // One caller at a time. `job` must not throw.
@@ -70,6 +86,10 @@ class ThreadPool {
     job(0, threads);
     barrier(threads);
   }
+
+  // Between jobs that follow each other closely: workers that sleep take tens of microseconds to
+  // come back.
+  void stay_awake(bool awake) { awake_.store(awake, std::memory_order_relaxed); }
 
   // All n threads of the running job wait here for each other.
   void barrier(int n) {
@@ -90,17 +110,7 @@ class ThreadPool {
   void add_worker() {
     const int thread = static_cast<int>(workers_.size()) + 1;
     auto worker = std::make_unique<Worker>();
-    // Signals are for the interpreter's threads: a new thread inherits this mask.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    try {
-      std::thread(&ThreadPool::work, this, worker.get(), thread).detach();
-    } catch (...) {
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
-      throw;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    without_signals([this, self = worker.get(), thread] { work(self, thread); }).detach();
     workers_.push_back(std::move(worker));
   }
 
@@ -110,7 +120,8 @@ class ThreadPool {
       while (self->turn.load(std::memory_order_acquire) == seen) {
         for (int i = 0; i < 64 && self->turn.load(std::memory_order_relaxed) == seen; ++i)
           cpu_pause();
-        if (std::chrono::steady_clock::now() > deadline)
+        if (std::chrono::steady_clock::now() > deadline &&
+            !awake_.load(std::memory_order_relaxed))
           self->turn.wait(seen, std::memory_order_acquire);
       }
       const int n = threads_;
@@ -123,6 +134,7 @@ class ThreadPool {
   void (*call_)(void*, int, int) = nullptr;
   void* context_ = nullptr;
   int threads_ = 1;
+  std::atomic<bool> awake_{false};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
 };

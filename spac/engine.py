@@ -194,15 +194,8 @@ class Engine:
     def open_handoff(self, dtype: torch.dtype) -> None:
         """Start the worker that answers the windows, if it does not run."""
         if self.handoff is None:
-            layout = self.store.layouts[0]
             self.handoff = HandOff(
-                len(self.store.layouts),
-                self.config.max_window,
-                layout.hidden,
-                self.top_k,
-                dtype,
-                self.device,
-                self._on_cpu,
+                self.host_tables, self.config.max_window, self.top_k, dtype, self.device
             )
 
     def begin_window(self, width: int) -> None:
@@ -223,9 +216,17 @@ class Engine:
             self._by_flags = False
 
     def check(self) -> None:
-        """After a window: RuntimeError if the CPU side failed."""
-        if self.handoff is not None:
-            self.handoff.check()
+        """After a window by flags: RuntimeError if the CPU side failed."""
+        if self.handoff is None:
+            return
+        self.handoff.check()
+        times = self.handoff.times.tolist()
+        self.handoff.times.zero_()
+        for layer, (start, end) in enumerate(times):
+            if start:
+                self.cpu_seconds += (end - start) * 1e-9
+                if self.spans is not None:
+                    self.spans.append(("cpu", f"layer {layer}", start * 1e-9, end * 1e-9))
 
     def save(self) -> tuple[Tensor, ...]:
         """What a window changes on the device, for `load`."""

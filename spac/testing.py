@@ -25,7 +25,7 @@ SEAMS = {
     "draft": "spac.draft:ModelDraft.propose",
     "layer": "spac.engine:Engine._forward",  # the experts of one layer, both sides
     "experts": "spac.ops:expert_ffn_table",  # one side of it: from slots, or from host memory
-    "cpu side": "spac.handoff:HandOff._answer",  # the worker's rows of one layer, by flags
+    "cpu side": "spac.handoff:before_answer",  # the worker's rows of one layer, by flags
     "copy": "spac.copier:CopyThread._copy",  # one expert into its slot
     "order": "spac.copier:_sorted",  # (layer, expert) rows, in which copies and evictions go
     "solver": "spac.balance:Balancer._solve",  # (threshold index per layer, status) or None

@@ -49,3 +49,10 @@ def test_thread_pool_under_thread_sanitizer(tmp_path):
     program = build(tmp_path, "sanitize_thread_pool.cpp", [], "thread")
     out = subprocess.run([program, "500"], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0 and " 0 wrong" in out.stdout, out.stdout + out.stderr[-4000:]
+
+
+def test_worker_under_thread_sanitizer(tmp_path):
+    sources = sorted((ROOT / "csrc").glob("expert_ffn_*.cpp"))
+    program = build(tmp_path, "sanitize_worker.cpp", sources, "thread")
+    out = subprocess.run([program, "300"], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and " 0 wrong" in out.stdout, out.stdout + out.stderr[-4000:]

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 import spac
+from spac import ops
 from spac.attachment import attachment
 from spac.budget import bytes_for_ratio
 from spac.config import SpacConfig
 from spac.handoff import HandOff
+from spac.layout import ExpertLayout
+from spac.store import HostStore
 from spac.target import EagerTarget, NotCapturable, StaticTarget
 from spac.testing import fault
 
@@ -112,53 +115,70 @@ def test_models_that_cannot_run_it_say_why(tiny_moe):
         StaticTarget(model, None, 64)
 
 
-def handoff(device, compute, limit_s=3.0):
-    return HandOff(2, 6, 10, 3, torch.float32, torch.device(device), compute, limit_s)
+LAYOUT = ExpertLayout(num_experts=5, hidden=10, intermediate=6, dtype=torch.float32)
+
+
+def handoff(device, limit_s=3.0):
+    store = HostStore([LAYOUT] * 2, pin=device == "cuda")
+    for _ in range(2):
+        store.allocate().view(torch.float32).normal_()
+    tables = [store.table(layer) for layer in range(2)]
+    return HandOff(tables, 6, 3, torch.float32, torch.device(device), limit_s), store, tables
+
+
+def window(link, device, width):
+    """Both layers of one window: partial sums and pairs given, and what came back."""
+    link.begin(width)
+    for layer in range(2):
+        x, partial = torch.randn(2, width, 10, device=device)
+        ids = torch.randint(-1, 5, (width, 3), dtype=torch.int32, device=device)
+        weights = torch.rand(width, 3, device=device)
+        link.send(layer, x, ids, weights)
+        yield layer, x, ids, weights, partial, link.join(layer, partial, torch.float32)
+
+
+def check_window(link, device, tables, width):
+    for layer, x, ids, weights, partial, y in window(link, device, width):
+        rest = ops.expert_ffn_table(x.cpu(), ids.cpu(), weights.cpu(), tables[layer])
+        torch.testing.assert_close(y.cpu(), partial.cpu() + rest)
+    link.check()
 
 
 def test_handoff_adds_the_rows_of_the_worker(device):
-    def compute(layer, hidden, ids, weights):
-        return (layer + 1) * hidden.float() * weights.sum(1, keepdim=True) + ids[:, :1]
-
-    link = handoff(device, compute)
+    link, _store, tables = handoff(device)
     try:
         for width in (6, 1, 4):
-            link.begin(width)
-            for layer in range(2):
-                x, partial = torch.randn(2, width, 10, device=device)
-                ids = torch.randint(-1, 5, (width, 3), dtype=torch.int32, device=device)
-                weights = torch.rand(width, 3, device=device)
-                link.send(layer, x, ids, weights)
-                y = link.join(layer, partial, torch.float32)
-                rest = compute(layer, x, ids, weights) if int(ids.max()) >= 0 else 0
-                torch.testing.assert_close(y, partial + rest)
-            link.check()
+            check_window(link, device, tables, width)
+            assert (link.times[:, 1] >= link.times[:, 0]).all()
+    finally:
+        link.close()
+
+
+def test_a_window_given_up_does_not_disturb_the_next(device):
+    link, _store, tables = handoff(device)
+    try:
+        check_window(link, device, tables, 2)
+        link.begin(3)  # the device never comes
+        check_window(link, device, tables, 5)
+        next(window(link, device, 6))  # the device stops after one layer
+        check_window(link, device, tables, 1)
     finally:
         link.close()
 
 
 def test_a_stalled_worker_is_an_error_in_time(device):
+    link, _store, _ = handoff(device, limit_s=0.2)
     release = threading.Event()
-
-    def stall(layer, hidden, ids, weights):
-        release.wait(60)
-        return hidden.float()
-
-    link = handoff(device, stall, limit_s=0.2)
-    start = time.monotonic()
-    link.begin(1)
-    for layer in range(2):  # only the first wait takes its time
-        rows = torch.ones(1, 10, device=device)
-        ids = torch.ones(1, 3, dtype=torch.int32, device=device)
-        link.send(layer, rows, ids, torch.ones(1, 3, device=device))
-        link.join(layer, rows, torch.float32)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="did not answer in time"):
-        link.check()
-    assert time.monotonic() - start < 30
-    release.set()
-    link.close()
+    with fault("cpu side", change=lambda _: release.wait(60)):
+        start = time.monotonic()
+        list(window(link, device, 1))  # only the first wait takes its time
+        if device == "cuda":
+            torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match="did not answer in time"):
+            link.check()
+        assert time.monotonic() - start < 30
+        release.set()
+        link.close()
 
 
 def test_windows_are_prepared_once_and_not_counted_as_decoding(tiny_moe, prompt, device):

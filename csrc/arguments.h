@@ -1,0 +1,102 @@
+// Checks and conversions of the arguments of the C++ operators, which come through torch's stable ABI.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "expert_ffn_run.h"
+
+namespace spac {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+int current_threads();  // of the expert FFN, for the calling thread
+
+inline std::string text(const std::string& s) {
+  return s;
+}
+inline std::string text(int64_t n) {
+  return std::to_string(n);
+}
+
+// STD_TORCH_CHECK writes its line number through an ostream, which crashes where the toolchain links
+// libstdc++ into the extension while libtorch uses the shared one.
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok) throw std::runtime_error((text(parts) + ...));
+}
+
+inline DType float_type(const char* name, ScalarType type) {
+  if (type == ScalarType::BFloat16) return DType::bf16;
+  if (type == ScalarType::Half) return DType::f16;
+  check(type == ScalarType::Float, "expert_ffn_cpu: ", name,
+        ": expected bfloat16, float16 or float32");
+  return DType::f32;
+}
+
+inline Activation activation_from(const std::string& name) {
+  const char* names[] = {"silu", "gelu", "gelu_tanh", "relu", "swiglu_clamp"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return static_cast<Activation>(i);
+  throw std::runtime_error(
+      "expert_ffn_cpu: activation: expected silu, gelu, gelu_tanh, relu or swiglu_clamp, got '" +
+      name + "'");
+}
+
+inline void check_tensor(const char* name, const Tensor& t, int64_t dim) {
+  check(t.is_cpu() && t.dim() == dim && t.is_contiguous(), "expert_ffn_cpu: ", name,
+        ": expected a contiguous CPU tensor of ", dim, " dimension(s), got ", t.dim(),
+        t.is_cpu() ? "" : " on another device",
+        t.is_contiguous() ? "" : ", not contiguous");
+}
+
+// The weights of a layer as spac.layout.ExpertTable describes them; pairs and results are not set.
+inline FfnCall describe_table(const Tensor& address, int64_t hidden, ScalarType dtype,
+                              int64_t intermediate, int64_t gate_stride, int64_t up_offset,
+                              int64_t down_offset, int64_t down_skew, int64_t down_stride,
+                              bool bias, int64_t gate_up_bias_offset, int64_t gate_up_bias_skew,
+                              int64_t down_bias_offset, int64_t down_bias_skew,
+                              int64_t bias_stride, int64_t bias_up_offset,
+                              const std::string& activation, double alpha, double limit) {
+  check_tensor("address", address, 1);
+  check(address.scalar_type() == ScalarType::Long, "expert_ffn_cpu: address: expected int64");
+  check(hidden > 0 && intermediate > 0 && hidden <= INT32_MAX && intermediate <= INT32_MAX,
+        "expert_ffn_cpu: expected hidden and intermediate in 1..2^31-1, got ", hidden, " and ",
+        intermediate);
+  FfnCall call{};
+  call.shape = {hidden,
+                intermediate,
+                gate_stride,
+                up_offset,
+                down_stride,
+                bias,
+                bias_stride,
+                bias_up_offset,
+                activation_from(activation),
+                static_cast<float>(alpha),
+                static_cast<float>(limit)};
+  call.w_dtype = float_type("dtype", dtype);
+  call.address = address.const_data_ptr<int64_t>();
+  call.experts = address.size(0);
+  call.down_offset = down_offset;
+  call.down_skew = down_skew;
+  call.gate_up_bias_offset = gate_up_bias_offset;
+  call.gate_up_bias_skew = gate_up_bias_skew;
+  call.down_bias_offset = down_bias_offset;
+  call.down_bias_skew = down_bias_skew;
+  return call;
+}
+
+// Of the schemas that describe a table.
+#define SPAC_TABLE_SCHEMA                                                              \
+  "Tensor address, ScalarType dtype, "                                                 \
+  "int intermediate, int gate_stride, int up_offset, int down_offset, int down_skew, " \
+  "int down_stride, bool bias, int gate_up_bias_offset, int gate_up_bias_skew, "       \
+  "int down_bias_offset, int down_bias_skew, int bias_stride, int bias_up_offset, "    \
+  "str activation, float alpha, float limit"
+
+}  // namespace spac
