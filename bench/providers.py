@@ -94,11 +94,12 @@ class EngineProvider(Provider):
     def read(self) -> Counts:
         engine = self.engine
         totals = dict(zip(COUNTERS, engine.counters.sum(0).tolist(), strict=True))
+        resident, streamed = totals["resident_experts"], int(engine.streamed.sum())
         return Counts(
             pairs=totals["pairs"],
             resident_pairs=totals["resident_pairs"],
-            gpu_experts=totals["resident_experts"],
-            cpu_experts=totals["experts"] - totals["resident_experts"],
+            gpu_experts=resident + streamed,
+            cpu_experts=totals["experts"] - resident - streamed,
             moved=engine.copier.bytes_copied - self._filled + engine.streamed_bytes,
             cpu_seconds=engine.cpu_seconds,
         )

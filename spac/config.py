@@ -47,6 +47,9 @@ class SpacConfig:
     # Windows over a static KV cache, one CUDA graph each (spac.target). None: on a GPU; True: on a
     # CPU too, the same path without graphs; False: transformers' eager forward.
     static_windows: bool | None = None
+    # Beside the CPU, the GPU reads some of a window's missing experts from host memory itself, so
+    # that both end together. None: on a GPU; True: on a CPU too; False: the CPU computes them all.
+    stream_missing: bool | None = None
     # Of the CPU's FFN, for the whole process. None: beside a GPU every core but one, without one
     # torch's number, which OMP_NUM_THREADS sets.
     cpu_threads: int | None = None

@@ -88,6 +88,21 @@ class CostModel:
         one = self.h2d_latency + self.expert_bytes * self.h2d_byte
         return np.asarray(copies, dtype=float) * one
 
+    def streams(self, most: int) -> NDArray[np.int32]:
+        """Of n = 0..most missing experts with a pair each, how many the GPU should read from host
+        memory while the CPU computes the others: int32 [most + 1]."""
+        n = np.arange(most + 1)[:, None]
+        streamed = np.arange(most + 1)[None, :]
+        left = np.maximum(n - streamed, 0)
+        seconds = np.maximum(self.cpu(left, left), streamed * self.expert_bytes * self.h2d_byte)
+        return np.where(streamed <= n, seconds, np.inf).argmin(axis=1).astype(np.int32)
+
+    def beside_link(self, most: int) -> CostModel:
+        """The model with the CPU's time of missing experts as it is when the link takes its share
+        of up to `most` of them."""
+        left = 1 - float(self.streams(most)[-1]) / most
+        return replace(self, cpu_expert=self.cpu_expert * left, cpu_pair=self.cpu_pair * left)
+
     def dense(self, tokens: ArrayLike) -> NDArray[np.float64]:
         """Seconds of one layer outside its experts, for a window of `tokens`."""
         return self.dense_layer + np.asarray(tokens, dtype=float) * self.dense_token

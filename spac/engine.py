@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,6 +65,15 @@ class Engine:
         self.utility = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
         self.frequency = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self.counters = torch.zeros(num_layers, 4, dtype=torch.int64, device=device)
+        # Every expert has a slot from the first fill on: the CPU never has anything to do.
+        self._everything = num_slots >= num_layers * num_experts
+        # How many of n missing experts the GPU reads from host memory itself; None: it does not.
+        self.streams: Tensor | None = None
+        self.streamed = torch.zeros(num_layers, 1, dtype=torch.int64, device=device)
+        wanted = self._cuda if config.stream_missing is None else config.stream_missing
+        if wanted and not self._everything:
+            self.streams = torch.from_numpy(costs.streams(num_experts)).to(device)
+            costs = costs.beside_link(num_experts)
         self.control = Control(config, costs, num_layers, num_experts, top_k, num_slots)
         self.bounds = torch.from_numpy(self.control.bounds).to(device)
         self._bounds_shown = self.control.bounds
@@ -76,14 +86,12 @@ class Engine:
         self._host_address = torch.stack([t.address for t in self.host_tables]).to(device)
         self.windows = 0
         self.prefill_tokens = 0
-        self.streamed_bytes = 0
+        self._prefill_bytes = 0
         self.cpu_seconds = 0.0  # in the CPU's FFN
         self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
         self._began = 0.0
         self.handoff: HandOff | None = None
         self._by_flags = False
-        # Every expert has a slot from the first fill on: the CPU never has anything to do.
-        self._everything = num_slots >= num_layers * num_experts
         # For settle: utility at the start of the window, and its ids.
         self._before: Tensor | None = None
         self._window_ids = torch.full(
@@ -132,13 +140,12 @@ class Engine:
         self.pool.publish(layer)
         if prefill:
             return self._prefill(layer, hidden, ids, weights)
-        resident_ids, cpu_ids = self._split(layer, ids)
+        gpu_ids, cpu_ids, table = self._split(layer, ids)
         if self.pool.complete(layer):
-            table = self.slot_tables[layer]
-            return ops.expert_ffn_table(hidden, resident_ids, weights, table, hidden.dtype)
+            return ops.expert_ffn_table(hidden, gpu_ids, weights, table, hidden.dtype)
         if self._staging is not None:
             self._staging.send(hidden, cpu_ids, weights)
-        partial = ops.expert_ffn_table(hidden, resident_ids, weights, self.slot_tables[layer])
+        partial = ops.expert_ffn_table(hidden, gpu_ids, weights, table)
         if self._staging is not None:
             hidden_host, cpu_ids, weights = self._staging.receive(hidden.shape[0])
         else:
@@ -150,8 +157,9 @@ class Engine:
             rest = self._staging.send_back(rest, self.device)
         return ops.combine([partial, rest], hidden.dtype)
 
-    def _split(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids [T, k] for the slots and for the CPU, -1 elsewhere; the utility moves on."""
+    def _split(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor, ExpertTable]:
+        """ids [T, k] for the GPU and for the CPU, -1 elsewhere, and where the GPU finds experts;
+        the utility moves on."""
         resident_ids, cpu_ids, counts, _, _ = ops.verify(
             ids,
             self.pool.address[layer],
@@ -163,17 +171,27 @@ class Engine:
         self.frequency[layer] += counts
         if self.config.rejected_weight < 1:
             self._window_ids[layer, : ids.shape[0]] = ids
-        return resident_ids, cpu_ids
+        table = self.slot_tables[layer]
+        if self.streams is None:
+            return resident_ids, cpu_ids, table
+        address, cpu_ids = ops.choose_streamed(
+            ids,
+            counts,
+            self.pool.address[layer],
+            self._host_address[layer],
+            self.streams,
+            self.streamed[layer],
+        )
+        return ids, cpu_ids, replace(table, address=address, owner=(table.owner, self.store))
 
     def _handed(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, handoff: HandOff
     ) -> Tensor:
-        resident_ids, cpu_ids = self._split(layer, ids)
-        table = self.slot_tables[layer]
+        gpu_ids, cpu_ids, table = self._split(layer, ids)
         if self._everything:
-            return ops.expert_ffn_table(hidden, resident_ids, weights, table, hidden.dtype)
+            return ops.expert_ffn_table(hidden, gpu_ids, weights, table, hidden.dtype)
         handoff.send(layer, hidden, cpu_ids, weights)
-        partial = ops.expert_ffn_table(hidden, resident_ids, weights, table)
+        partial = ops.expert_ffn_table(hidden, gpu_ids, weights, table)
         return handoff.join(layer, partial, hidden.dtype)
 
     def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -230,14 +248,21 @@ class Engine:
 
     def save(self) -> tuple[Tensor, ...]:
         """What a window changes on the device, for `load`."""
-        return tuple(t.clone() for t in (self.utility, self.frequency, self.counters))
+        return tuple(t.clone() for t in self._moving())
 
     def load(self, saved: tuple[Tensor, ...]) -> None:
         """Undo what windows changed since `save`."""
-        for target, source in zip(
-            (self.utility, self.frequency, self.counters), saved, strict=True
-        ):
+        for target, source in zip(self._moving(), saved, strict=True):
             target.copy_(source)
+
+    def _moving(self) -> tuple[Tensor, ...]:
+        return self.utility, self.frequency, self.counters, self.streamed
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What the GPU read of experts in host memory: in prefill, and of windows' missing ones."""
+        blob = self.store.layouts[0].blob_bytes
+        return self._prefill_bytes + blob * int(self.streamed.sum())
 
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         slots, host = self.pool.address[layer], self._host_address[layer]
@@ -247,7 +272,7 @@ class Engine:
         if layer == 0:
             self.prefill_tokens += hidden.shape[0]
         missing = int((self.pool.slot_of[layer] < 0).sum())
-        self.streamed_bytes += missing * self.store.layouts[layer].blob_bytes
+        self._prefill_bytes += missing * self.store.layouts[layer].blob_bytes
         return ops.expert_ffn_table(hidden, ids, weights, table, hidden.dtype)
 
     def _begin_window(self, width: int) -> None:

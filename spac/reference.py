@@ -191,6 +191,32 @@ def verify(
     return resident_ids, cpu_ids, n, order, offsets
 
 
+def choose_streamed(
+    ids: Tensor, counts: Tensor, address: Tensor, host: Tensor, streams: Tensor, streamed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of a window's experts that are not on the GPU, those that it reads from host memory itself.
+
+    ids [W, k]; counts int32 [E] from `verify`; address, host int64 [E] of the slots (0 = none) and
+    of host memory; streams int32 [E + 1]: how many to read when n are missing. Those of the most
+    pairs are read, ties in order of their ids; their number is added to streamed int64 [1].
+
+    Returns where the GPU finds each expert, int64 [E] (0: the CPU computes it), and cpu_ids
+    int32 [W, k] (-1 = not the CPU's).
+    """
+    E = address.numel()
+    missing = (counts > 0) & (address == 0)
+    take = streams[missing.sum()].clamp(max=int(missing.sum()))
+    order = torch.argsort(torch.where(missing, counts, 0), descending=True, stable=True)
+    chosen = torch.zeros_like(missing)
+    chosen[order[: int(take)]] = True
+    streamed += take
+    where = torch.where(chosen, host, address)
+    flat = ids.to(torch.int64)
+    valid = (flat >= 0) & (flat < E)
+    for_cpu = valid & (where[flat.clamp(0, E - 1)] == 0)
+    return where, torch.where(for_cpu, flat, -1).to(torch.int32)
+
+
 def settle(
     utility: Tensor,
     before: Tensor,

@@ -16,9 +16,10 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     """Counters since attach, as plain numbers (JSON-ready).
 
     `coverage` is the share of the decode pairs that ran on resident experts, `bytes_copied` what
-    the copy thread moved into slots since the first fill, `streamed_bytes` what prefill read of
-    experts that were not resident. A copy is late if its expert had pairs while it was under way,
-    wasted if it was evicted unused. Raises ValueError if the model is not attached.
+    the copy thread moved into slots since the first fill, `streamed_bytes` what the GPU read of
+    experts in host memory (`streamed_experts` of them in decode windows, the others in prefill). A
+    copy is late if its expert had pairs while it was under way, wasted if it was evicted unused.
+    Raises ValueError if the model is not attached.
     """
     state = attachment(model)
     if state is None:
@@ -69,6 +70,7 @@ def _engine_stats(engine: Engine) -> dict[str, Any]:
         "late_copies": engine.copier.late,
         "wasted_copies": engine.copier.wasted,
         "bytes_copied": max(engine.copier.bytes_copied - filled, 0),
+        "streamed_experts": int(engine.streamed.sum()),
         "streamed_bytes": engine.streamed_bytes,
         "prefill_tokens": engine.prefill_tokens,
         "cpu_seconds": engine.cpu_seconds,

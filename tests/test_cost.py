@@ -156,3 +156,16 @@ def test_measure_on_this_machine(device):
     assert m.expert_bytes == layout.blob_bytes
     assert m.cpu(16, 16) > m.cpu(1, 1) > 0
     assert m.h2d(1) > 0 and m.gpu(16, 16) > 0
+
+
+def test_streams_lets_both_sides_end_together():
+    costs = dataclasses.replace(
+        MODEL, cpu_launch=1e-4, cpu_expert=1e-4, h2d_byte=2e-4 / 1000, expert_bytes=1000
+    )
+    streams = costs.streams(40)
+    assert streams[0] == 0 and (np.diff(streams) >= 0).all()
+    for n in (1, 7, 40):
+        times = [max(float(costs.cpu(n - s, n - s)), s * 2e-4) for s in range(n + 1)]
+        assert times[streams[n]] == min(times)
+    shared = costs.beside_link(40)
+    assert shared.cpu_expert == pytest.approx(costs.cpu_expert * (1 - streams[40] / 40))

@@ -32,11 +32,15 @@ def prompt():
     return torch.randint(0, 96, (1, 21))
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("gamma", [0, 3, "auto"])
 @pytest.mark.parametrize("ratio", [0.0, 0.4, 1.0])
-def test_the_text_is_that_of_the_plain_model(tiny_moe, prompt, ratio, gamma, device):
+def test_the_text_is_that_of_the_plain_model(tiny_moe, prompt, ratio, gamma, streams, device):
     plain = spac.generate(tiny_moe().to(device), prompt, max_new_tokens=40).cpu()
-    model = attach(tiny_moe(), ratio, rejected_weight=0.5)
+    model = attach(tiny_moe(), ratio, rejected_weight=0.5, stream_missing=streams)
+    engine = attachment(model).engine
+    if streams and ratio < 1:
+        engine.streams.copy_(torch.arange(len(engine.streams)) * 2 // 3)
     for _ in range(2):  # the second text starts with the cache of the first
         text = spac.generate(
             model, prompt, draft="ngram", num_draft_tokens=gamma, max_new_tokens=40
@@ -46,13 +50,15 @@ def test_the_text_is_that_of_the_plain_model(tiny_moe, prompt, ratio, gamma, dev
     assert not target.reasons
     if device == "cuda":
         assert set(target.captured) >= {1}
-    assert spac.stats(model)["windows"] > 0
+    stats = spac.stats(model)
+    assert stats["windows"] > 0 and bool(stats["streamed_experts"]) == (streams and ratio < 1)
     spac.detach(model)
 
 
 def test_logits_are_those_of_the_eager_forward(tiny_moe, prompt, device):
-    model = attach(tiny_moe(), 0.4)
+    model = attach(tiny_moe(), 0.4, stream_missing=True)
     engine = attachment(model).engine
+    engine.streams.copy_(torch.arange(len(engine.streams)) // 2)
     eager, static = EagerTarget(model), StaticTarget(model, engine, 128)
     prompt = prompt[0].to(device)
     with torch.no_grad():

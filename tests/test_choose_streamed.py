@@ -1,0 +1,57 @@
+"""Which missing experts the GPU reads itself: kernel and reference agree, in every number."""
+
+import pytest
+import torch
+
+from spac import reference
+from spac.kernels.choose_streamed import choose_streamed
+
+
+def make(W, k, E, absent, device):
+    ids = torch.randint(-1, E + 1, (W, k), device=device, dtype=torch.int32)
+    valid = ids[(ids >= 0) & (ids < E)].long()
+    counts = torch.bincount(valid, minlength=E).to(torch.int32)
+    address, host = torch.randint(1, 2**62, (2, E), device=device)
+    address[torch.rand(E, device=device) < absent] = 0
+    streams = (torch.rand(E + 1, device=device) * (torch.arange(E + 1, device=device) + 2)).int()
+    return ids, counts, address, host, streams
+
+
+@pytest.mark.parametrize(
+    "W, k, E", [(1, 8, 128), (9, 8, 128), (70, 8, 60), (5, 2, 33), (2, 3, 1), (40, 4, 300)]
+)
+@pytest.mark.parametrize("absent", [0.0, 0.6, 1.0])
+def test_is_the_reference(W, k, E, absent, device):
+    args = make(W, k, E, absent, device)
+    states = []
+    for run in (choose_streamed, reference.choose_streamed):
+        streamed = torch.tensor([7], device=device)
+        states.append([*run(*args, streamed), streamed])
+    for ours, truth in zip(*states, strict=True):
+        assert ours.dtype == truth.dtype and torch.equal(ours, truth)
+
+
+def test_sides_are_disjoint_and_complete(device):
+    ids, counts, address, host, streams = make(9, 4, 50, 0.7, device)
+    missing = int(((counts > 0) & (address == 0)).sum())
+    for wanted in (0, 1, missing, missing + 5):
+        streams.fill_(wanted)
+        streamed = torch.zeros(1, dtype=torch.int64, device=device)
+        where, cpu_ids = choose_streamed(ids, counts, address, host, streams, streamed)
+        assert int(streamed) == min(wanted, missing)
+        read = (where != address).nonzero().flatten()
+        assert len(read) == int(streamed) and torch.equal(where[read], host[read])
+        assert (counts[read] > 0).all()
+        valid = (ids >= 0) & (ids < 50)
+        here = where[ids.clamp(0, 49).long()] != 0
+        assert torch.equal(cpu_ids, torch.where(valid & ~here, ids, -1))
+        if 0 < wanted < missing:  # nobody with more pairs was left to the CPU
+            left = (counts > 0) & (where == 0)
+            assert counts[read].min() >= counts[left].max()
+
+
+def test_arguments_are_checked(device):
+    ids, counts, address, host, streams = make(2, 2, 4, 0.5, device)
+    streamed = torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"streams: expected contiguous torch.int32 \[5\], got"):
+        choose_streamed(ids, counts, address, host, streams[1:], streamed)
