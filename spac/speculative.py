@@ -179,7 +179,7 @@ def _target(model: PreTrainedModel, state: Attachment | None, length: int) -> Ta
             raise NotCapturable(f"{length} tokens and a window are more than max_length={room}")
         if id(model) not in state.targets:
             own = engine if attachment(model) is state else None
-            state.targets[id(model)] = StaticTarget(model, own, room)
+            state.targets[id(model)] = StaticTarget(model, own, room, engine.config.fuse_windows)
         target = state.targets[id(model)]
         target.reset()
         return target

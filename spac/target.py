@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from spac.engine import Engine
+from spac.fuse import fused
 
 _PREFILL_CHUNK = 512
 _LENGTH_ALIGN = 64  # of a static cache: attention kernels read masks in aligned pieces
@@ -87,15 +88,17 @@ class StaticTarget:
     """Windows over a static cache of at least `length` tokens; see the module text.
 
     engine: that of an attached model, or None. Without a GPU the same path runs without graphs.
-    Raises NotCapturable.
+    fuse: capture with compiled small operations (spac.fuse). Raises NotCapturable.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine | None, length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, engine: Engine | None, length: int, fuse: bool = True
+    ) -> None:
         implementation = model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise NotCapturable(f"attention {implementation!r} takes no explicit mask")
         length = -(-length // _LENGTH_ALIGN) * _LENGTH_ALIGN
-        self.model, self.engine, self.length = model, engine, length
+        self.model, self.engine, self.length, self._fuse = model, engine, length, fuse
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         kinds = {type(layer) for layer in self.cache.layers}
         if kinds != {StaticLayer}:
@@ -164,11 +167,19 @@ class StaticTarget:
             self.engine.open_handoff(self.model.dtype)
         if device.type != "cuda":
             return window
+        if self._fuse:
+            try:
+                with fused(self.model):
+                    self._capture(window, width)
+                return window
+            except RuntimeError as error:
+                self._fuse = False
+                log.warning("spac: small operations are not compiled: %s", _first_line(error))
         try:
             self._capture(window, width)
         except RuntimeError as error:
             window.graph, window.flags = None, False
-            reason = f"windows of {width} tokens run eagerly: {str(error).splitlines()[0]}"
+            reason = f"windows of {width} tokens run eagerly: {_first_line(error)}"
             self.reasons.append(reason)
             log.warning("spac: %s", reason)
         return window
@@ -216,3 +227,7 @@ class StaticTarget:
             use_cache=True,
             logits_to_keep=keep,
         ).logits[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
