@@ -47,8 +47,9 @@ class SpacConfig:
     # Windows over a static KV cache, one CUDA graph each (spac.target). None: on a GPU; True: on a
     # CPU too, the same path without graphs; False: transformers' eager forward.
     static_windows: bool | None = None
-    # Compile norms, rotary embedding and dense MLPs when a window is captured (spac.fuse).
-    fuse_windows: bool = True
+    # Compile norms, rotary embedding and dense MLPs when a window is captured (spac.fuse), which
+    # takes half a minute the first time. None: for models of 16 layers and more.
+    fuse_windows: bool | None = None
     # Beside the CPU, the GPU reads some of a window's missing experts from host memory itself, so
     # that both end together. None: on a GPU; True: on a CPU too; False: the CPU computes them all.
     stream_missing: bool | None = None

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from spac.attention import grouped
 from spac.engine import Engine
 from spac.fuse import fused
 
 _PREFILL_CHUNK = 512
 _LENGTH_ALIGN = 64  # of a static cache: attention kernels read masks in aligned pieces
+_FUSE_LAYERS = 16
 log = logging.getLogger("spac")
 
 
@@ -88,22 +90,24 @@ class StaticTarget:
     """Windows over a static cache of at least `length` tokens; see the module text.
 
     engine: that of an attached model, or None. Without a GPU the same path runs without graphs.
-    fuse: capture with compiled small operations (spac.fuse). Raises NotCapturable.
+    fuse: capture with compiled small operations (spac.fuse); None: if the model has layers enough
+    to be worth the compilation. Raises NotCapturable.
     """
 
     def __init__(
-        self, model: PreTrainedModel, engine: Engine | None, length: int, fuse: bool = True
+        self, model: PreTrainedModel, engine: Engine | None, length: int, fuse: bool | None = None
     ) -> None:
         implementation = model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise NotCapturable(f"attention {implementation!r} takes no explicit mask")
         length = -(-length // _LENGTH_ALIGN) * _LENGTH_ALIGN
-        self.model, self.engine, self.length, self._fuse = model, engine, length, fuse
+        self.model, self.engine, self.length = model, engine, length
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         kinds = {type(layer) for layer in self.cache.layers}
         if kinds != {StaticLayer}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise NotCapturable(f"its KV cache has layers that cannot be rolled back ({names})")
+        self._fuse = len(self.cache.layers) >= _FUSE_LAYERS if fuse is None else fuse
         device = model.device
         # One tensor for all layers: forgetting is one launch.
         self._lengths = torch.zeros(len(self.cache.layers), dtype=torch.int64, device=device)
@@ -219,14 +223,15 @@ class StaticTarget:
         dtype = self.model.dtype
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        return self.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            attention_mask=mask[None, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits[0]
+        with grouped(self.model):
+            return self.model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                attention_mask=mask[None, None],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            ).logits[0]
 
 
 def _first_line(error: BaseException) -> str:
