@@ -70,6 +70,7 @@ struct Group {
 struct ExpertKernels {
   int stream_tokens;  // an expert with at most this many pairs reads its rows as they lie
   int block_tokens;   // widest block beyond that
+  int panel_rows;     // rows taken together then, a multiple of 8
   int step;           // padded_k is a multiple of this
 
   // Packs rows token[0..count) of x [*, k] into one block.

@@ -230,8 +230,8 @@ void down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
 }
 
 template <class W>
-inline constexpr ExpertKernels kernels = {STREAM_TOKENS, BLOCK_TOKENS, STEP,   pack<W>,
-                                          gate_up<W>,    down<W>,      scratch};
+inline constexpr ExpertKernels kernels = {
+    STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, STEP, pack<W>, gate_up<W>, down<W>, scratch};
 
 const ExpertKernels& expert_kernels(DType weights) {
   if (weights == DType::bf16) return kernels<bf16>;

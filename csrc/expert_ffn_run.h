@@ -1,7 +1,7 @@
-// The driver: groups the pairs by expert and hands rows to threads. Three passes with a barrier
-// between them: pack the tokens, then gate and up, then down. Threads take (expert, rows) items as
-// they come, but an output element is always computed by one thread in one order (experts
-// ascending), so the result does not depend on the number of threads.
+// The driver: groups the pairs by expert and hands rows to threads, in three passes: pack the tokens,
+// then gate and up, then down. An output element is always computed by one thread in one order
+// (experts ascending), so the result does not depend on the number of threads or on who computes
+// what.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -11,6 +11,7 @@
 
 #include "expert_ffn.h"
 #include "thread_pool.h"
+#include "work_split.h"
 
 namespace spac {
 
@@ -51,11 +52,15 @@ class ExpertFfn {
       run_tokens(call, kernels, threads, t, std::min(call.tokens, t + at_once));
   }
 
-  // job(thread, threads) on the same workers, between two calls.
-  template <class Job>
-  void run_job(int threads, Job job) {
+  // work(unit) for units 0..n on the same workers, between two calls.
+  template <class Work>
+  void run_job(int threads, int64_t units, Work work) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    pool_.run(threads, job);
+    split_.assign(0, threads, [=](int t) { return static_cast<uint32_t>(units * t / threads); });
+    pool_.run(threads, [&](int thread, int n) {
+      split_.run(0, thread, n, 1, [&](int32_t unit, int32_t, int32_t) { work(unit); });
+      if (thread == 0) split_.wait(0);
+    });
   }
 
   void stay_awake(bool awake) { pool_.stay_awake(awake); }
@@ -64,10 +69,12 @@ class ExpertFfn {
   struct Expert {
     ExpertWeights weights;
     Group group;
-    int32_t first;  // pair
+    int32_t first;            // pair
+    int32_t rows, unit, end;  // of gate and up: rows of a unit, the first unit, the one past the last
+    int64_t cost;             // up to `end`
   };
-  struct Item {
-    int32_t expert, begin, end;
+  struct Packing {
+    int32_t first, count;  // pairs
   };
 
   static int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -80,10 +87,11 @@ class ExpertFfn {
     const int64_t pairs = static_cast<int64_t>(token_.size());
     int64_t most = 0;
     for (const Expert& e : experts_) most = std::max<int64_t>(most, e.group.pairs);
-    split_rows(kernels, I);
-    const int64_t down_rows = pairs > 512 ? 64 : 32;
-    const int64_t down_items = (H + down_rows - 1) / down_rows;
-    const int64_t scratch = padded(kernels.scratch(down_rows, most) + (t1 - t0) * down_rows, 16);
+    const int64_t down_rows = most > kernels.stream_tokens ? kernels.panel_rows : kStreamRows;
+    const int64_t most_rows = kUnitsAtOnce * std::max<int64_t>(kStreamRows, kernels.panel_rows);
+    const int64_t scratch = padded(kernels.scratch(most_rows, most) + (t1 - t0) * most_rows, 16);
+    threads = std::min<int64_t>(threads, 1 + 3 * H * I * pairs / kWorthAThread);
+    split_work(kernels, threads, I, (H + down_rows - 1) / down_rows);
 
     const size_t need = pairs * (h_in + h_mid) + scratch * threads + 16;
     if (memory_.size() < need) memory_ = std::vector<float>(need);
@@ -93,56 +101,62 @@ class ExpertFfn {
     float* const h = x + pairs * h_in;
     float* const scratches = h + pairs * h_mid;
 
-    std::atomic<int64_t> next[3] = {0, 0, 0};
-    // Each thread knows its next item while it works on one, so that it can prefetch it.
-    const auto drain = [](std::atomic<int64_t>& counter, int64_t n, auto&& work) {
-      int64_t i = counter.fetch_add(1, std::memory_order_relaxed);
-      while (i < n) {
-        const int64_t then = counter.fetch_add(1, std::memory_order_relaxed);
-        work(i, then < n ? then : -1);
-        i = then;
-      }
-    };
     const int64_t element = call.w_dtype == DType::f32 ? 4 : 2;
+    const int64_t gate_bytes = call.shape.gate_stride * element;
+    const int64_t down_bytes = down_rows * call.shape.down_stride * element;
+    const auto row = [](const void* weights, int64_t offset) -> const void* {
+      return static_cast<const char*>(weights) + offset;
+    };
 
     pool_.run(threads, [&](int thread, int n) {
       float* const mine = scratches + scratch * thread;
-      drain(next[0], static_cast<int64_t>(pack_items_.size()), [&](int64_t i, int64_t) {
-        const Item item = pack_items_[i];
-        const int first = experts_[item.expert].first + item.begin;
-        kernels.pack(call.x, call.x_dtype, token_.data() + first, item.end - item.begin, H,
-                     x + first * h_in);
+      split_.run(kPack, thread, n, kUnitsAtOnce, [&](int32_t begin, int32_t end, int32_t) {
+        for (; begin < end; ++begin) {
+          const Packing some = packing_[begin];
+          kernels.pack(call.x, call.x_dtype, token_.data() + some.first, some.count, H,
+                       x + some.first * h_in);
+        }
       });
-      pool_.barrier(n);
-      drain(next[1], static_cast<int64_t>(items_.size()), [&](int64_t i, int64_t then) {
-        const Item item = items_[i];
-        const Expert& e = experts_[item.expert];
-        const void* ahead = nullptr;
-        if (then >= 0)
-          ahead = static_cast<const char*>(experts_[items_[then].expert].weights.gate) +
-                  items_[then].begin * call.shape.gate_stride * element;
-        kernels.gate_up(call.shape, e.weights, item.begin, item.end, e.group, x + e.first * h_in,
-                        h + e.first * h_mid, mine, ahead);
+      split_.wait(kPack);
+      int32_t at = 0;  // units come nearly in order, and so do their experts
+      split_.run(kGateUp, thread, n, kUnitsAtOnce, [&](int32_t begin, int32_t end, int32_t then) {
+        while (begin < experts_[at].unit) --at;
+        while (begin < end) {
+          while (begin >= experts_[at].end) ++at;
+          const Expert& e = experts_[at];
+          const int32_t stop = std::min(end, e.end), next = stop < end ? stop : then;
+          const void* ahead = nullptr;
+          if (next >= 0) {
+            const Expert& other = experts_[next < e.end ? at : at + 1];
+            ahead = row(other.weights.gate, (next - other.unit) * other.rows * gate_bytes);
+          } else if (const int32_t down = split_.first_of(kDown, thread); down >= 0) {
+            ahead = row(experts_[0].weights.down, down * down_bytes);
+          }
+          kernels.gate_up(call.shape, e.weights, int64_t{begin - e.unit} * e.rows,
+                          std::min(I, int64_t{stop - e.unit} * e.rows), e.group,
+                          x + e.first * h_in, h + e.first * h_mid, mine, ahead);
+          begin = stop;
+        }
       });
-      pool_.barrier(n);
-      float* const sums = mine + scratch - (t1 - t0) * down_rows;
-      drain(next[2], down_items, [&](int64_t i, int64_t then) {
-        const int64_t begin = i * down_rows, end = std::min(H, begin + down_rows);
-        std::fill(sums, sums + (t1 - t0) * down_rows, 0.0f);
+      split_.wait(kGateUp);
+      float* const sums = mine + scratch - (t1 - t0) * most_rows;
+      split_.run(kDown, thread, n, kUnitsAtOnce, [&](int32_t first, int32_t last, int32_t then) {
+        const int64_t begin = first * down_rows, end = std::min(H, last * down_rows);
+        std::fill(sums, sums + (t1 - t0) * most_rows, 0.0f);
         for (size_t j = 0; j < experts_.size(); ++j) {
           const Expert& e = experts_[j];
-          const Expert& following = experts_[j + 1 < experts_.size() ? j + 1 : 0];
-          const int64_t row = j + 1 < experts_.size() ? begin : then * down_rows;
-          const void* ahead = row < 0 ? nullptr
-                                      : static_cast<const char*>(following.weights.down) +
-                                            row * call.shape.down_stride * element;
+          const bool more = j + 1 < experts_.size();
+          const void* ahead = more || then >= 0 ? row(experts_[more ? j + 1 : 0].weights.down,
+                                                      (more ? first : then) * down_bytes)
+                                                : nullptr;
           kernels.down(call.shape, e.weights, begin, end, e.group, h + e.first * h_mid,
-                       local_.data() + e.first, weight_.data() + e.first, sums, down_rows, mine,
+                       local_.data() + e.first, weight_.data() + e.first, sums, most_rows, mine,
                        ahead);
         }
         for (int64_t t = t0; t < t1; ++t)
-          std::copy_n(sums + (t - t0) * down_rows, end - begin, call.y + t * H + begin);
+          std::copy_n(sums + (t - t0) * most_rows, end - begin, call.y + t * H + begin);
       });
+      if (thread == 0) split_.wait(kDown);
     });
   }
 
@@ -168,7 +182,7 @@ class ExpertFfn {
       local_[to] = static_cast<int32_t>(i / call.k - t0);
       weight_[to] = call.weights[i];
     }
-    experts_.clear(), blocks_.clear(), pack_items_.clear();
+    experts_.clear(), blocks_.clear(), packing_.clear();
     blocks_.reserve(pairs);  // groups point into it
     for (int64_t e = 0; e < call.experts; ++e) {
       const int32_t n = start_[e + 1] - start_[e];
@@ -178,38 +192,54 @@ class ExpertFfn {
       const Block* blocks = blocks_.data() + blocks_.size();
       for (int32_t b = 0, first = 0; b < count; ++b) {
         const int32_t size = n / count + (b < n % count);
-        pack_items_.push_back({static_cast<int32_t>(experts_.size()), first, first + size});
+        packing_.push_back({start_[e] + first, size});
         blocks_.push_back({first, size});
         first += size;
       }
-      experts_.push_back({call.expert(e), {blocks, count, n}, start_[e]});
+      experts_.push_back({call.expert(e), {blocks, count, n}, start_[e], 0, 0, 0, 0});
     }
   }
 
-  // Items of about the same time, the long ones first so that no thread ends with one.
-  void split_rows(const ExpertKernels& kernels, int64_t intermediate) {
-    order_.resize(experts_.size());
-    for (size_t n = 0; n < order_.size(); ++n) order_[n] = static_cast<int32_t>(n);
-    std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
-      return experts_[a].group.pairs > experts_[b].group.pairs;
-    });
-    items_.clear();
-    for (int32_t n : order_) {
-      const int64_t rows = experts_[n].group.pairs <= kernels.stream_tokens ? 16 : 24;
-      for (int64_t j = 0; j < intermediate; j += rows)
-        items_.push_back(
-            {n, static_cast<int32_t>(j), static_cast<int32_t>(std::min(intermediate, j + rows))});
+  // Runs of about the same time: an expert costs its bytes, or its arithmetic.
+  void split_work(const ExpertKernels& kernels, int threads, int64_t intermediate,
+                  int64_t down_units) {
+    int32_t unit = 0;
+    int64_t cost = 0;
+    for (Expert& e : experts_) {
+      e.rows = e.group.pairs > kernels.stream_tokens ? kernels.panel_rows : kStreamRows;
+      e.unit = unit;
+      unit = e.end = unit + static_cast<int32_t>((intermediate + e.rows - 1) / e.rows);
+      cost = e.cost = cost + std::max(2 * kernels.stream_tokens, e.group.pairs);
     }
+    const auto evenly = [&](int64_t units) {
+      return [=](int t) { return static_cast<uint32_t>(units * t / threads); };
+    };
+    split_.assign(kPack, threads, evenly(static_cast<int64_t>(packing_.size())));
+    size_t at = 0;
+    split_.assign(kGateUp, threads, [&](int t) -> uint32_t {
+      const int64_t until = cost * t / threads;
+      while (at < experts_.size() && experts_[at].cost <= until) ++at;
+      if (at == experts_.size()) return unit;
+      const Expert& e = experts_[at];
+      const int64_t before = at ? experts_[at - 1].cost : 0;
+      return e.unit + (e.end - e.unit) * (until - before) / (e.cost - before);
+    });
+    split_.assign(kDown, threads, evenly(down_units));
   }
+
+  enum { kPack, kGateUp, kDown };
+  static constexpr int64_t kStreamRows = 8, kUnitsAtOnce = 4;
+  static constexpr int64_t kWorthAThread = 16384;  // multiply-adds that last as long as a wake-up
 
   std::mutex mutex_;
   ThreadPool pool_;
   std::vector<float> memory_;
-  std::vector<int32_t> start_, cursor_, token_, local_, order_;
+  WorkSplit split_;
+  std::vector<int32_t> start_, cursor_, token_, local_;
   std::vector<float> weight_;
   std::vector<Expert> experts_;
   std::vector<Block> blocks_;
-  std::vector<Item> items_, pack_items_;
+  std::vector<Packing> packing_;
 };
 
 }  // namespace spac

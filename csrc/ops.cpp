@@ -52,25 +52,28 @@ int64_t cpu_read(const Tensor& data) {
   check(data.is_cpu() && data.is_contiguous(),
         "cpu_read: expected a contiguous CPU tensor");
   const char* begin = static_cast<const char*>(data.const_data_ptr());
-  const size_t bytes = data.numel() * data.element_size();
+  const int64_t bytes = data.numel() * data.element_size(), piece = 1 << 20;
   const CpuPeak& peak = cpu_peak(current_isa());
   std::atomic<uint64_t> sum{0};
-  per_process<ExpertFfn>().run_job(current_threads(), [&](int thread, int n) {
-    sum += peak.read_memory(begin + bytes / n * thread, bytes / n);
-  });
+  per_process<ExpertFfn>().run_job(
+      current_threads(), (bytes + piece - 1) / piece, [&](int64_t unit) {
+        sum += peak.read_memory(begin + unit * piece, std::min(piece, bytes - unit * piece));
+      });
   return static_cast<int64_t>(sum.load());
 }
 
-// Multiplies and adds on all threads; returns how many floating-point operations that were.
+// Multiplies and adds on all threads, each about `steps` times; returns how many floating-point
+// operations that were.
 int64_t cpu_multiply_add(int64_t steps) {
   const CpuPeak& peak = cpu_peak(current_isa());
   const int threads = current_threads();
-  std::atomic<int> done{0};
-  per_process<ExpertFfn>().run_job(threads, [&](int, int) {
-    done += peak.multiply_add(steps) >=
+  const int64_t parts = 8;
+  std::atomic<int64_t> done{0};
+  per_process<ExpertFfn>().run_job(threads, parts * threads, [&](int64_t) {
+    done += peak.multiply_add(steps / parts) >=
             0;  // sums grow from 0 up: always true, but not for the compiler
   });
-  return done.load() * steps * peak.flops_per_step;
+  return done.load() * (steps / parts) * peak.flops_per_step;
 }
 
 std::string cpu_isa() {

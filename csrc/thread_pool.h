@@ -1,7 +1,8 @@
-// Persistent workers. run(n, job) calls job(thread, n) on n threads, the caller being thread 0, and
-// returns when all are done. Workers spin for a moment after a job, then sleep. A pool must never
-// be destroyed (see per_process): at exit its workers sleep on memory that stays valid, and nothing
-// has to be waited for.
+// Persistent workers. run(n, job) calls job(thread, n) on the caller, as thread 0, and on those of
+// n - 1 workers that come before the caller is through: a job shares its work by WorkSplit and never
+// waits for a thread, so a worker that sleeps or has lost its core delays nobody. Workers spin for a
+// moment after a job, then sleep. A pool must never be destroyed (see per_process): at exit its
+// workers sleep on memory that stays valid, and nothing has to be waited for.
 #pragma once
 #include <pthread.h>
 #include <signal.h>
@@ -9,6 +10,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -75,68 +77,65 @@ class ThreadPool {
   // One caller at a time. `job` must not throw.
   template <class Job>
   void run(int threads, Job job) {
-    while (static_cast<int>(workers_.size()) < threads - 1) add_worker();
+    if (threads <= 1) return job(0, 1);
+    while (workers_ < threads - 1) add_worker();
     call_ = [](void* context, int thread, int n) { (*static_cast<Job*>(context))(thread, n); };
     context_ = &job;
     threads_ = threads;
-    for (int i = 0; i < threads - 1; ++i) {
-      workers_[i]->turn.fetch_add(1, std::memory_order_release);
-      workers_[i]->turn.notify_one();
-    }
+    const uint32_t round = round_.load(std::memory_order_relaxed) + 1;
+    gate_.store(uint64_t{round} << 32 | kOpen, std::memory_order_release);
+    round_.store(round, std::memory_order_release);
+    round_.notify_all();
     job(0, threads);
-    barrier(threads);
+    gate_.fetch_and(~kOpen, std::memory_order_relaxed);
+    spin_until([&] { return static_cast<uint32_t>(gate_.load(std::memory_order_acquire)) == 0; });
   }
 
   // Between jobs that follow each other closely: workers that sleep take tens of microseconds to
   // come back.
   void stay_awake(bool awake) { awake_.store(awake, std::memory_order_relaxed); }
 
-  // All n threads of the running job wait here for each other.
-  void barrier(int n) {
-    const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-    } else {
-      spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
-    }
-  }
-
  private:
-  struct alignas(64) Worker {
-    std::atomic<uint32_t> turn{0};
-  };
+  static constexpr uint64_t kOpen = uint64_t{1} << 31;
 
   void add_worker() {
-    const int thread = static_cast<int>(workers_.size()) + 1;
-    auto worker = std::make_unique<Worker>();
-    without_signals([this, self = worker.get(), thread] { work(self, thread); }).detach();
-    workers_.push_back(std::move(worker));
+    const uint32_t seen = round_.load(std::memory_order_relaxed);
+    without_signals([this, thread = workers_ + 1, seen] { work(thread, seen); }).detach();
+    ++workers_;
   }
 
-  void work(Worker* self, int thread) {
-    for (uint32_t seen = 0;; ++seen) {
+  // Inside while the job of this round lasts.
+  bool enter(uint32_t round) {
+    uint64_t gate = gate_.load(std::memory_order_relaxed);
+    while (gate >> 32 == round && (gate & kOpen))
+      if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire)) return true;
+    return false;
+  }
+
+  void work(int thread, uint32_t seen) {
+    for (;;) {
       const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
-      while (self->turn.load(std::memory_order_acquire) == seen) {
-        for (int i = 0; i < 64 && self->turn.load(std::memory_order_relaxed) == seen; ++i)
-          cpu_pause();
+      uint32_t round;
+      while ((round = round_.load(std::memory_order_acquire)) == seen) {
+        for (int i = 0; i < 64 && round_.load(std::memory_order_relaxed) == seen; ++i) cpu_pause();
         if (std::chrono::steady_clock::now() > deadline &&
             !awake_.load(std::memory_order_relaxed))
-          self->turn.wait(seen, std::memory_order_acquire);
+          round_.wait(seen, std::memory_order_acquire);
       }
-      const int n = threads_;
-      call_(context_, thread, n);
-      barrier(n);  // after it the next run() may already be changing threads_
+      seen = round;
+      if (!enter(round)) continue;
+      if (thread < threads_) call_(context_, thread, threads_);
+      gate_.fetch_sub(1, std::memory_order_release);
     }
   }
 
-  std::vector<std::unique_ptr<Worker>> workers_;
+  int workers_ = 0;
   void (*call_)(void*, int, int) = nullptr;
   void* context_ = nullptr;
   int threads_ = 1;
   std::atomic<bool> awake_{false};
-  alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<uint64_t> gate_{0};  // round, then kOpen, then how many workers are inside
 };
 
 }  // namespace spac

@@ -56,3 +56,14 @@ def test_worker_under_thread_sanitizer(tmp_path):
     program = build(tmp_path, "sanitize_worker.cpp", sources, "thread")
     out = subprocess.run([program, "300"], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0 and " 0 wrong" in out.stdout, out.stdout + out.stderr[-4000:]
+
+
+def test_many_short_jobs_of_the_thread_pool(tmp_path):
+    """`make soak` runs a million."""
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    main, program = ROOT / "tests" / "cpp" / "sanitize_thread_pool.cpp", tmp_path / "program"
+    flags = ["-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", "-pthread"]
+    subprocess.run([CXX, *flags, main, "-o", program], check=True)
+    out = subprocess.run([program, "50000"], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and " 0 wrong" in out.stdout, out.stdout + out.stderr[-4000:]
