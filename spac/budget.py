@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from spac.config import SpacConfig, format_bytes
 from spac.experts import expert_layout, expert_parameters, find_experts, router_top_k
-
-_PREFILL_CHUNK = 512  # tokens that spac.generate sends through the target at once
+from spac.prefill import PREFILL_CHUNK, area_experts
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,14 @@ def plan_budget(
     draft_bytes = 0
     if draft is not None:
         draft_bytes = parameter_bytes(draft) + kv_cache_bytes(draft.config, length, itemsize)
-    # A chunk of hidden rows and expert activations, and the logits of one verify window in fp32.
-    tokens = min(_PREFILL_CHUNK, length)
+    # A chunk of hidden rows and expert activations, the logits of one verify window in fp32, the
+    # areas that missing experts of a prompt pass through.
+    tokens = min(PREFILL_CHUNK, length)
     per_token = 8 * config.hidden_size + 3 * top_k * layouts[0].intermediate
     logits = 2 * 4 * settings.max_window * config.vocab_size
-    workspace = 4 * tokens * per_token + logits
     slot_bytes = max(layout.blob_bytes for layout in layouts)
+    areas = 2 * area_experts(layouts[0]) * slot_bytes
+    workspace = 4 * tokens * per_token + logits + areas
     num_experts = sum(layout.num_experts for layout in layouts)
     fixed = dense + draft_bytes + kv_cache + workspace
     if total is None:

@@ -3,9 +3,9 @@
 One forward of layer l (DESIGN section 2): publish the layer's slot changes; split the window's
 pairs by residency, updating the utility in the same kernel; run the resident pairs on the GPU
 while the CPU computes the others from host memory; add the two. A forward over more than
-`max_window` tokens is prefill: it leaves the utility alone and reads experts that are not
-resident straight from pinned host memory. On a machine without a GPU both memories are host
-memory and both sides run on the CPU, one after the other.
+`max_window` tokens is prefill: it leaves the utility alone, and experts that are not resident pass
+through two areas (`spac.prefill`) or are read straight from pinned host memory. On a machine
+without a GPU both memories are host memory and both sides run on the CPU, one after the other.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from spac.cost import CostModel
 from spac.handoff import HandOff
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
+from spac.prefill import Prefill, area_experts
 from spac.store import HostStore
 
 COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
@@ -71,10 +72,11 @@ class Engine:
         self.streams: Tensor | None = None
         self.streamed = torch.zeros(num_layers, 1, dtype=torch.int64, device=device)
         wanted = self._cuda if config.stream_missing is None else config.stream_missing
+        balanced = costs
         if wanted and not self._everything:
             self.streams = torch.from_numpy(costs.streams(num_experts)).to(device)
-            costs = costs.beside_link(num_experts)
-        self.control = Control(config, costs, num_layers, num_experts, top_k, num_slots)
+            balanced = costs.beside_link(num_experts)
+        self.control = Control(config, balanced, num_layers, num_experts, top_k, num_slots)
         self.bounds = torch.from_numpy(self.control.bounds).to(device)
         self._bounds_shown = self.control.bounds
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
@@ -84,6 +86,9 @@ class Engine:
             for layer, layout in enumerate(layouts)
         ]
         self._host_address = torch.stack([t.address for t in self.host_tables]).to(device)
+        self.prefill: Prefill | None = None
+        if self.streams is not None and area_experts(layouts[0]):
+            self.prefill = Prefill(store, device, costs)
         self.windows = 0
         self.prefill_tokens = 0
         self._prefill_bytes = 0
@@ -262,15 +267,18 @@ class Engine:
     def streamed_bytes(self) -> int:
         """What the GPU read of experts in host memory: in prefill, and of windows' missing ones."""
         blob = self.store.layouts[0].blob_bytes
-        return self._prefill_bytes + blob * int(self.streamed.sum())
+        prefill = 0 if self.prefill is None else self.prefill.copied
+        return self._prefill_bytes + prefill + blob * int(self.streamed.sum())
 
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        slots, host = self.pool.address[layer], self._host_address[layer]
-        table = ExpertTable.from_blobs(
-            self.store.layouts[layer], torch.where(slots != 0, slots, host), owner=self.store
-        )
         if layer == 0:
             self.prefill_tokens += hidden.shape[0]
+        table = self.slot_tables[layer]
+        if self.prefill is not None and not self.pool.complete(layer):
+            total = self.prefill.forward(layer, hidden, ids, weights, table)
+            return total.to(hidden.dtype)
+        slots, host = self.pool.address[layer], self._host_address[layer]
+        table = replace(table, address=torch.where(slots != 0, slots, host), owner=self.store)
         missing = int((self.pool.slot_of[layer] < 0).sum())
         self._prefill_bytes += missing * self.store.layouts[layer].blob_bytes
         return ops.expert_ffn_table(hidden, ids, weights, table, hidden.dtype)

@@ -20,8 +20,8 @@ from transformers.cache_utils import StaticLayer
 from spac.attention import grouped
 from spac.engine import Engine
 from spac.fuse import fused
+from spac.prefill import PREFILL_CHUNK
 
-_PREFILL_CHUNK = 512
 _LENGTH_ALIGN = 64  # of a static cache: attention kernels read masks in aligned pieces
 _FUSE_LAYERS = 16
 log = logging.getLogger("spac")
@@ -54,7 +54,7 @@ class EagerTarget:
         self.model, self.cache = model, DynamicCache()
 
     def prefill(self, tokens: Tensor) -> Tensor:
-        for chunk in tokens.split(_PREFILL_CHUNK):
+        for chunk in tokens.split(PREFILL_CHUNK):
             out = self.model(
                 input_ids=chunk[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
@@ -131,7 +131,7 @@ class StaticTarget:
         self._lengths.zero_()
 
     def prefill(self, tokens: Tensor) -> Tensor:
-        for chunk in tokens.split(_PREFILL_CHUNK):
+        for chunk in tokens.split(PREFILL_CHUNK):
             logits = self._forward(chunk, keep=1)
         return logits[-1:]
 

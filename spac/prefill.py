@@ -1,0 +1,102 @@
+"""Experts of a prompt: those that are not on the GPU come through two areas of it, in turn.
+
+While the kernels work on one area, the copy engine fills the other; meanwhile the CPU computes the
+experts with the fewest tokens, as many as it can while the others cross the link.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spac import ops
+from spac.cost import CostModel
+from spac.layout import ExpertLayout, ExpertTable
+from spac.store import HostStore
+
+PREFILL_CHUNK = 2048  # tokens of a prompt that go through the target at once
+_AREA_BYTES = 96 << 20
+
+
+def area_experts(layout: ExpertLayout) -> int:
+    """Experts that each of the two areas holds; 0: they are too large for areas at all."""
+    return min(layout.num_experts // 8, _AREA_BYTES // layout.blob_bytes)
+
+
+class Prefill:
+    """For forwards over many tokens. Without a GPU the areas are host memory (tests)."""
+
+    def __init__(self, store: HostStore, device: torch.device, costs: CostModel) -> None:
+        self.store, self.device, self.costs = store, device, costs
+        self.size = area_experts(store.layouts[0])
+        blob = max(layout.blob_bytes for layout in store.layouts)
+        self._areas = torch.empty(2, self.size, blob, dtype=torch.uint8, device=device)
+        self._host_tables = [store.table(layer) for layer in range(len(store.layouts))]
+        self._next = 0
+        self.copied = 0  # bytes
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._copies is not None:
+            self._filled = [torch.cuda.Event() for _ in range(2)]
+            self._free = [torch.cuda.Event() for _ in range(2)]
+
+    def forward(
+        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, slots: ExpertTable
+    ) -> Tensor:
+        """The experts of one layer: hidden [T, H], ids and weights [T, k]; fp32 [T, H]."""
+        rows, chosen, gates = self._on_host(hidden), self._on_host(ids), self._on_host(weights)
+        if self._copies is not None:
+            torch.cuda.current_stream().synchronize()
+        on_link, on_cpu = self._share(chosen, slots.address.cpu().numpy())
+        total = ops.expert_ffn_table(hidden, ids, weights, slots)
+        for begin in range(0, len(on_link), self.size):
+            table = self._fetch(layer, on_link[begin : begin + self.size])
+            total += ops.expert_ffn_table(hidden, ids, weights, table)
+            if self._copies is not None:
+                self._free[self._next].record()
+            self._next = 1 - self._next
+        if len(on_cpu):
+            theirs = torch.isin(chosen, torch.from_numpy(on_cpu))
+            pairs = torch.where(theirs, chosen, -1), gates
+            total += ops.expert_ffn_table(rows, *pairs, self._host_tables[layer]).to(self.device)
+        return total
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory, complete when the stream has come here."""
+        host = torch.empty_like(tensor, device="cpu", pin_memory=self._copies is not None)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _share(self, chosen: Tensor, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The missing experts of ids [T, k], for the link (most tokens first) and for the CPU."""
+        flat = chosen.numpy().ravel()
+        counts = np.bincount(flat[(flat >= 0) & (flat < len(address))], minlength=len(address))
+        missing = np.flatnonzero((counts > 0) & (address == 0))
+        missing = missing[np.argsort(-counts[missing], kind="stable")]
+        few = counts[missing][::-1].cumsum()
+        n = np.arange(len(missing) + 1)
+        cpu = self.costs.cpu(n, np.concatenate([[0], few]))
+        link = self.costs.h2d(len(missing) - n)
+        left = len(missing) - int(np.maximum(cpu, link).argmin())
+        return missing[:left], missing[left:]
+
+    def _fetch(self, layer: int, experts: np.ndarray) -> ExpertTable:
+        """Copy experts into the next area, once it is free, for kernels launched from here."""
+        area, layout = self._areas[self._next], self.store.layouts[layer]
+        rows = np.zeros(layout.num_experts, dtype=np.int64)
+        rows[experts] = area.data_ptr() + np.arange(len(experts)) * area.stride(0)
+        address = torch.from_numpy(rows)
+        blobs = self.store.blobs[layer]
+        size = blobs.shape[1]
+        self.copied += len(experts) * size
+        if self._copies is None:
+            for place, expert in enumerate(experts.tolist()):
+                area[place, :size].copy_(blobs[expert])
+            return ExpertTable.from_blobs(layout, address, owner=area)
+        address = address.pin_memory().to(self.device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(self._free[self._next])
+            for place, expert in enumerate(experts.tolist()):
+                area[place, :size].copy_(blobs[expert], non_blocking=True)
+            self._filled[self._next].record()
+        torch.cuda.current_stream().wait_event(self._filled[self._next])
+        return ExpertTable.from_blobs(layout, address, owner=area)

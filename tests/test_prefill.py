@@ -1,0 +1,63 @@
+"""The experts of a prompt: slots, two areas and the CPU together give the whole."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from spac import ops
+from spac.cost import CostModel
+from spac.layout import ExpertLayout, ExpertTable
+from spac.prefill import Prefill, area_experts
+from spac.store import HostStore
+
+COSTS = CostModel(1000, 0, 1e-6, 1e-8, 0, 1e-4, 1e-6, 0, 1e-7)
+SIDES = {
+    "both": COSTS,
+    "link": dataclasses.replace(COSTS, cpu_expert=1.0),
+    "cpu": dataclasses.replace(COSTS, h2d_byte=1.0),
+}
+
+
+def layer(E, H, inter, resident, device):
+    layout = ExpertLayout(E, H, inter, torch.float32)
+    store = HostStore([layout], pin=device == "cuda")
+    store.allocate().view(torch.float32).normal_()
+    slots = store.blobs[0].to(device)
+    address = slots.data_ptr() + slots.stride(0) * torch.arange(E, device=device)
+    address[torch.rand(E, device=device) >= resident] = 0
+    return store, ExpertTable.from_blobs(layout, address, owner=slots)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("E, resident", [(40, 0.3), (8, 0.0), (24, 1.0)])
+def test_adds_up_to_all_experts(E, resident, sides, device):
+    torch.manual_seed(E)
+    store, slots = layer(E, 20, 7, resident, device)
+    prefill = Prefill(store, torch.device(device), SIDES[sides])
+    for tokens in (70, 3, 33):  # areas are used again and again
+        x, weights = torch.randn(tokens, 20, device=device), torch.rand(tokens, 2, device=device)
+        ids = torch.randint(-1, E + 1, (tokens, 2), dtype=torch.int32, device=device)
+        y = prefill.forward(0, x, ids, weights, slots)
+        truth = ops.expert_ffn_table(x.cpu(), ids.cpu(), weights.cpu(), store.table(0))
+        torch.testing.assert_close(y.cpu(), truth, rtol=1e-4, atol=1e-4)
+    assert bool(prefill.copied) == (sides != "cpu" and resident < 1)
+
+
+def test_shares_so_that_both_sides_end_together():
+    store, slots = layer(32, 8, 8, 0.0, "cpu")
+    prefill = Prefill(store, torch.device("cpu"), COSTS)
+    ids = torch.repeat_interleave(torch.arange(32), torch.arange(32) + 1)[:, None]
+    on_link, on_cpu = prefill._share(ids, slots.address.numpy())
+    assert sorted([*on_link, *on_cpu]) == list(range(32))
+    assert on_link.min() > on_cpu.max()  # the CPU has those of the fewest tokens
+    seconds = [
+        max(float(COSTS.cpu(n, sum(range(n + 1)))), float(COSTS.h2d(32 - n))) for n in range(33)
+    ]
+    assert seconds[len(on_cpu)] == min(seconds)
+
+
+def test_areas_hold_a_part_of_a_layer_or_nothing():
+    assert area_experts(ExpertLayout(128, 2048, 768, torch.bfloat16)) == 10
+    assert area_experts(ExpertLayout(8, 16, 16, torch.bfloat16)) == 1
+    assert area_experts(ExpertLayout(8, 4096, 14336, torch.bfloat16)) == 0  # 336 MiB each
