@@ -33,6 +33,7 @@ from spac.bench.synthetic import (
     Synthetic,
     build,
     cut,
+    split,
     tiled,
 )
 from spac.budget import kv_cache_bytes, parameter_bytes
@@ -120,20 +121,23 @@ def run(args: argparse.Namespace) -> Table:
     try:
         made = build(args.shape, trace, args.layers, device)
         layers = len(made.store.layouts)
-        text = tiled(trace, args.warmup + args.tokens + 8 * (max(gammas) + 1), args.shift)
+        quarter = trace.shape[0] // 4
+        needed = quarter + args.warmup + args.tokens + 8 * (max(gammas) + 1)
+        text = tiled(trace, needed, args.shift)
+        begun, text = split(text, quarter)
         spare = _PROFILED * (max(gammas) + 1)
         windows = {
             gamma: cut(text, args.warmup + args.tokens + spare, gamma, args.acceptance, args.seed)
             for gamma in gammas
         }
         routing = ReplayedRouting(text, layers, device)
-        rows = np.random.default_rng(args.seed).integers(0, text.shape[0], args.prompt_tokens)
+        rows = np.random.default_rng(args.seed).integers(0, begun.shape[0], args.prompt_tokens)
         length = args.prompt_tokens + args.warmup + args.tokens + spare + 2 * max(gammas) + 8
         job = Job(
             made,
             routing,
             windows,
-            routing.window(text.expert_ids[rows]),
+            routing.window(begun.expert_ids[rows]),
             _draft(args.draft, made, length),
             args.warmup,
             length,
@@ -326,7 +330,8 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         f" in {made.seconds:.1f} s",
         f"routing of {trace.model or args.trace}, ids moved on by {args.shift} when it repeats; "
         f"each drafted token accepted with chance {args.acceptance}; the draft {draft}",
-        f"{args.tokens} tokens timed after {args.warmup}; prompt of {args.prompt_tokens}; "
+        f"{args.tokens} tokens timed after {args.warmup}; prompt of {args.prompt_tokens}, "
+        "with rows of the trace's first quarter, the text goes on after it; "
         "static knows its hot set from the same text (hindsight)",
         "spac and resident run a window as one CUDA graph; the others, and spac-eager, wait for "
         "each layer's ids on the host, in transformers' eager forward",

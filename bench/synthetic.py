@@ -208,6 +208,15 @@ def tiled(trace: Trace, tokens: int, shift: int) -> Trace:
     return Trace(np.concatenate(parts).astype(np.int16), trace.num_experts, model=trace.model)
 
 
+def split(trace: Trace, tokens: int) -> tuple[Trace, Trace]:
+    """The first `tokens` tokens, at least one, and those after them."""
+    ids, at = trace.expert_ids, max(tokens, 1)
+    head, tail = (
+        Trace(part, trace.num_experts, model=trace.model) for part in (ids[:at], ids[at:])
+    )
+    return head, tail
+
+
 def cut(trace: Trace, tokens: int, gamma: int, acceptance: float, seed: int) -> list[Window]:
     """Windows of gamma + 1 rows over the first `tokens` tokens of text."""
     source = WindowSource(trace, acceptance, "next", seed)

@@ -24,6 +24,7 @@ class Snapshot:
     seconds: float  # time.perf_counter() then
     utility: np.ndarray  # int32 [L, E]
     frequency: np.ndarray  # int64 [L, E], pairs since attach
+    prompt: np.ndarray | None = None  # [L, E], pairs per window, if a prompt was read before it
 
 
 class Control:
@@ -61,14 +62,20 @@ class Control:
     def warm_start(self, profile: Profile) -> None:
         """Begin with what an earlier run saw."""
         self.prior = profile
-        self._expected[:] = profile.rate
-        for policy in {id(p): p for p in (self.policy, self.estimator)}.values():
-            policy.warm_start(profile.rate)
+        self._begin_from(profile.rate)
         self.estimator.state["utility"][:] = profile.utility
+
+    def _begin_from(self, rate: np.ndarray) -> None:
+        """As if windows with the pairs rate [L, E] had passed."""
+        self._expected[:] = rate
+        for policy in {id(p): p for p in (self.policy, self.estimator)}.values():
+            policy.warm_start(rate)
         self.bounds = self.estimator.calibrator.bounds.copy()
 
     def observe(self, snapshot: Snapshot, held: np.ndarray) -> None:
         """Take in the windows since the last snapshot; held: experts in slots or on their way."""
+        if snapshot.prompt is not None:
+            self._begin_from(snapshot.prompt)
         passed = max(snapshot.window - self._window, 1)
         rate = (snapshot.frequency - self._frequency) / passed
         decay = 0.8**passed

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -80,7 +81,10 @@ class CopyThread(threading.Thread):
     def _latest(self) -> Snapshot | None:
         snapshot = self._inbox.get()
         while snapshot is not None and not self._inbox.empty():
-            snapshot = self._inbox.get()
+            newer = self._inbox.get()
+            if newer is not None and newer.prompt is None:
+                newer = replace(newer, prompt=snapshot.prompt)
+            snapshot = newer
         return snapshot
 
     def _round(self, snapshot: Snapshot) -> None:

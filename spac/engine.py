@@ -86,6 +86,9 @@ class Engine:
             for layer, layout in enumerate(layouts)
         ]
         self._host_address = torch.stack([t.address for t in self.host_tables]).to(device)
+        # Of the prompt since the last window.
+        self._prompt_pairs = torch.zeros_like(self.frequency)
+        self._prompt_tokens = 0
         self.prefill: Prefill | None = None
         if self.streams is not None and area_experts(layouts[0]):
             self.prefill = Prefill(store, device, costs)
@@ -273,6 +276,8 @@ class Engine:
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if layer == 0:
             self.prefill_tokens += hidden.shape[0]
+            self._prompt_tokens += hidden.shape[0]
+        _count(self._prompt_pairs[layer], ids)
         table = self.slot_tables[layer]
         if self.prefill is not None and not self.pool.complete(layer):
             total = self.prefill.forward(layer, hidden, ids, weights, table)
@@ -298,8 +303,15 @@ class Engine:
             self._before = self.utility.clone()
         if self.copier.is_alive():
             utility, frequency = self.utility.cpu().clone(), self.frequency.cpu().clone()
+            prompt = None
+            if self._prompt_tokens:
+                prompt = self._prompt_pairs.cpu().numpy() * (width / self._prompt_tokens)
+                self._prompt_pairs.zero_()
+                self._prompt_tokens = 0
             self.copier.submit(
-                Snapshot(self.windows, time.perf_counter(), utility.numpy(), frequency.numpy())
+                Snapshot(
+                    self.windows, time.perf_counter(), utility.numpy(), frequency.numpy(), prompt
+                )
             )
 
     def settle(self, accepted: Tensor) -> None:
@@ -328,6 +340,12 @@ class Engine:
             self.handoff.close()
         if self._cuda:
             torch.cuda.synchronize(self.device)
+
+
+def _count(pairs: Tensor, ids: Tensor) -> None:
+    """Add the pairs of ids [T, k] to those of each expert, int64 [E]."""
+    valid = (ids >= 0) & (ids < len(pairs))
+    pairs.scatter_add_(0, torch.where(valid, ids, 0).flatten().long(), valid.flatten().long())
 
 
 class _Staging:

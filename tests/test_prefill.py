@@ -5,7 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+import spac
 from spac import ops
+from spac.attachment import attachment
+from spac.budget import bytes_for_ratio
+from spac.config import SpacConfig
+from spac.control import Snapshot
 from spac.cost import CostModel
 from spac.layout import ExpertLayout, ExpertTable
 from spac.prefill import Prefill, area_experts
@@ -55,6 +60,34 @@ def test_shares_so_that_both_sides_end_together():
         max(float(COSTS.cpu(n, sum(range(n + 1)))), float(COSTS.h2d(32 - n))) for n in range(33)
     ]
     assert seconds[len(on_cpu)] == min(seconds)
+
+
+def test_the_prompt_tells_the_policy_what_the_text_needs(tiny_moe, device):
+    settings = {"max_window": 4, "max_length": 64}
+    model = tiny_moe()
+    spac.attach(model, bytes_for_ratio(model, 0.3, SpacConfig(**settings)), **settings)
+    engine, seen = attachment(model).engine, []
+    engine.copier.submit = seen.append
+    with torch.no_grad():
+        for tokens in (20, 11, 3, 2):  # two chunks of a prompt, two windows
+            model(torch.randint(0, 96, (1, tokens), device=model.device))
+    assert seen[0].prompt.sum() == pytest.approx(3 * engine.top_k * len(engine.frequency))
+    assert seen[1].prompt is None and engine.frequency.sum() == 5 * engine.top_k * len(
+        engine.frequency
+    )
+    spac.detach(model)
+
+
+def test_a_snapshot_that_comes_late_keeps_its_prompt(tiny_moe):
+    model = tiny_moe()
+    spac.attach(model, bytes_for_ratio(model, 0.3, SpacConfig(policy="static")), policy="static")
+    engine = attachment(model).engine
+    copier, zeros = engine.copier, engine.frequency.cpu().numpy()
+    for window, prompt in enumerate((None, zeros + 3.0, None)):
+        copier.submit(Snapshot(window, 0.0, zeros, zeros, prompt))
+    latest = copier._latest()
+    assert latest.window == 2 and (latest.prompt == 3).all()
+    spac.detach(model)
 
 
 def test_areas_hold_a_part_of_a_layer_or_nothing():
