@@ -20,7 +20,15 @@ from torch import Tensor
 import spac._C  # noqa: F401  (loads the operators)
 from spac import ops
 from spac.attachment import Binding
-from spac.bench.providers import AllOnCpu, AllResident, Counts, EngineProvider, OnDemand, Provider
+from spac.bench.providers import (
+    AllOnCpu,
+    AllResident,
+    Counts,
+    EngineProvider,
+    GroupedMm,
+    OnDemand,
+    Provider,
+)
 from spac.bench.report import Table
 from spac.bench.roofline import Machine, gpu_busy_share, measure_machine, sync
 from spac.bench.synthetic import (
@@ -48,7 +56,8 @@ from spac.trace import load_trace
 
 COLUMNS = ["provider", "slots", "gamma", "tokens/s", "ms/step", "draft ms", "TTFT ms", "coverage"]
 COLUMNS += ["GB/token", "GPU busy", "CPU busy", "PCIe busy", "of roofline"]
-PROVIDERS = ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident")
+PROVIDERS = ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident", "grouped-mm")
+WITHOUT_SLOTS = ("cpu", "stream", "resident", "grouped-mm")
 BASELINES = ("lru", "static", "cpu", "stream")
 _PROFILED = 3  # windows after the timed ones, for the GPU's busy time
 
@@ -181,7 +190,11 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         print(f"{name}, gamma {gamma}: {speed:.3g} tokens/s", file=sys.stderr, flush=True)
         figures[name, slots, gamma] = result
         notes += [f"{name}: {reason}" for reason in result.eager]
-        share = f"{slots / everything:.0%}" if name not in ("cpu", "stream", "resident") else None
+        share = (
+            f"{slots / everything:.0%}"
+            if name not in ("cpu", "stream", "resident", "grouped-mm")
+            else None
+        )
         rows.append([name, share, gamma, *_cells(result, machine, layout.blob_bytes, dense)])
     notes += _ratios(figures)
     return Table(list(COLUMNS), rows, f"decode at full size: {args.shape}", notes)
@@ -205,6 +218,8 @@ def _provider(
         return provider
     if name in ("lru", "stream"):
         return OnDemand(store, slots if name == "lru" else 0, device, link)
+    if name == "grouped-mm":
+        return GroupedMm(job.made.model, store, device)
     return AllOnCpu(store) if name == "cpu" else AllResident(store, device)
 
 
@@ -333,7 +348,7 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         f"{args.tokens} tokens timed after {args.warmup}; prompt of {args.prompt_tokens}, "
         "with rows of the trace's first quarter, the text goes on after it; "
         "static knows its hot set from the same text (hindsight)",
-        "spac and resident run a window as one CUDA graph; the others, and spac-eager, wait for "
+        "spac, resident and grouped-mm run a window as one CUDA graph; the others wait for "
         "each layer's ids on the host, in transformers' eager forward",
         f"measured: CPU reads {machine.read / 1e9:.1f} GB/s on {job.threads} threads, link "
         f"{machine.link / 1e9:.1f} GB/s, GPU memory {machine.memory / 1e9:.0f} GB/s",

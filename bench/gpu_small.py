@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from spac.bench.kernels import event_seconds, graph_seconds, make_problem, make_provider
+from spac.handoff import HandOff
 from spac.kernels import accept, combine, route, verify
 from spac.kernels.expert_ffn import expert_ffn, expert_ffn_train
 from spac.kernels.expert_ffn_backward import expert_ffn_backward
 from spac.layout import ExpertLayout, ExpertTable
+from spac.store import HostStore
 
 DEV = "cuda"
 
@@ -44,9 +47,48 @@ def small_kernels(report: Any) -> list[str]:
         "combine W=9", lambda: graph_seconds(lambda r: combine.combine(parts[r], torch.bfloat16))
     )
     lines.append(_line("combine W=9", seconds))
+    lines.append(_line("hand-over W=9", report.part("hand-over W=9", hand_over)))
     for dtype in (torch.bfloat16, torch.float32):
         lines += _accept(report, dtype)
     return lines
+
+
+def hand_over(layers: int = 48, tokens: int = 9) -> float:
+    """Seconds a layer of send, worker, wait and combine, when the CPU has nothing to compute."""
+    layout = ExpertLayout(8, 2048, 16, torch.bfloat16)
+    store = HostStore([layout] * layers, pin=True)
+    tables = [(store.allocate(), store.table(layer))[1] for layer in range(layers)]
+    device = torch.device(DEV)
+    link = HandOff(tables, tokens, 8, torch.bfloat16, device)
+    hidden = torch.randn(tokens, 2048, device=DEV).bfloat16()
+    ids = torch.full((tokens, 8), -1, dtype=torch.int32, device=DEV)
+    weights, partial = torch.rand(tokens, 8, device=DEV), torch.randn(tokens, 2048, device=DEV)
+
+    def window() -> None:
+        for layer in range(layers):
+            link.send(layer, hidden, ids, weights)
+            link.join(layer, partial, torch.bfloat16)
+
+    times = []
+    try:
+        link.begin(tokens)
+        window()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            window()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(20):
+            link.begin(tokens)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e-3 / layers)
+        link.check()
+    finally:
+        link.close()
+    return statistics.median(times)
 
 
 def _routing(

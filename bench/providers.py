@@ -6,6 +6,7 @@ They share spac's kernels, host store and pinned copies, so that only the strate
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,14 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from spac import ops
 from spac.config import SpacConfig
 from spac.cost import CostModel
 from spac.engine import COUNTERS, Engine
+from spac.experts import find_experts
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
-from spac.store import HostStore
+from spac.store import HostStore, blob_views
 
 Copy = Callable[[int, int, int], None]  # (layer, expert, slot)
 
@@ -222,6 +226,24 @@ class AllResident(Provider):
             self.counts.gpu_experts += len(ids.unique())
         self._ids.clear()
         return super().read()
+
+
+class GroupedMm(AllResident):
+    """Every expert in GPU memory, run by transformers' grouped_mm."""
+
+    def __init__(self, model: PreTrainedModel, store: HostStore, device: torch.device) -> None:
+        super().__init__(store, device)
+        self.layers = []
+        for (_, module), layout, blobs in zip(
+            find_experts(model), store.layouts, self.memory, strict=True
+        ):
+            views, own = blob_views(blobs, layout), copy.copy(module)
+            own._parameters = {"gate_up_proj": views["gate_up"], "down_proj": views["down"]}
+            self.layers.append(own)
+
+    def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        weights = weights.to(hidden.dtype)
+        return grouped_mm_experts_forward(self.layers[layer], hidden, ids.long(), weights)
 
 
 def throttled(copy: Copy, seconds: float) -> Copy:

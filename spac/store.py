@@ -35,6 +35,21 @@ def host_memory(nbytes: int) -> Tensor:
     return tensor[-tensor.data_ptr() % max(spare, 1) :][:nbytes]
 
 
+def blob_views(blobs: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
+    """The weights inside the blobs [E, blob_bytes] of a layer, [E, ...] row-major and strided."""
+    size = layout.dtype.itemsize
+    flat = blobs.view(layout.dtype)
+    views = {}
+    for name, (offset, shape) in layout.sections().items():
+        strides = torch.empty(shape, device="meta").stride()
+        views[name] = flat.as_strided(
+            (layout.num_experts, *shape),
+            (flat.stride(0), *strides),
+            flat.storage_offset() + offset // size,  # huge pages: blobs start inside a mapping
+        )
+    return views
+
+
 class HostStore:
     """Blobs of all layers, page-locked when `pin` (so that copies and kernels can reach them).
 
@@ -79,18 +94,7 @@ class HostStore:
 
     def views(self, layer: int) -> dict[str, Tensor]:
         """The weights of a layer inside its blobs, [E, ...] row-major and strided."""
-        layout, blobs = self.layouts[layer], self.blobs[layer]
-        size = layout.dtype.itemsize
-        flat = blobs.view(layout.dtype)
-        views = {}
-        for name, (offset, shape) in layout.sections().items():
-            strides = torch.empty(shape, device="meta").stride()
-            views[name] = flat.as_strided(
-                (layout.num_experts, *shape),
-                (flat.stride(0), *strides),
-                flat.storage_offset() + offset // size,  # huge pages: blobs start inside a mapping
-            )
-        return views
+        return blob_views(self.blobs[layer], self.layouts[layer])
 
     def table(self, layer: int) -> ExpertTable:
         """Every expert of the layer where it lies in host memory; addresses on the CPU."""
