@@ -148,7 +148,7 @@ def providers(weights: Weights, isas: list[str], notes: list[str]) -> dict[str, 
 def available_isas() -> list[str]:
     """ISAs that this CPU can run, the portable one left out unless it is the only one."""
     found = []
-    for isa in ("avx2", "avx512"):
+    for isa in ("avx2", "avx512", "amx"):
         try:
             torch.ops.spac.set_cpu_isa(isa)
             found.append(isa)

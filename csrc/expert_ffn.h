@@ -71,6 +71,7 @@ struct ExpertKernels {
   int stream_tokens;  // an expert with at most this many pairs reads its rows as they lie
   int block_tokens;   // widest block beyond that
   int panel_rows;     // rows taken together then, a multiple of 8
+  int free_tokens;    // pairs of an expert that cost no more than its bytes
   int step;           // padded_k is a multiple of this
 
   // Packs rows token[0..count) of x [*, k] into one block.
@@ -107,11 +108,13 @@ SPAC_DECLARE_ISA(portable)
 #ifdef SPAC_X86
 SPAC_DECLARE_ISA(avx2)
 SPAC_DECLARE_ISA(avx512)
+SPAC_DECLARE_ISA(amx)
 #endif
 #undef SPAC_DECLARE_ISA
 
 inline const ExpertKernels& expert_kernels(Isa isa, DType weights) {
 #ifdef SPAC_X86
+  if (isa == Isa::amx) return amx::expert_kernels(weights);
   if (isa == Isa::avx512) return avx512::expert_kernels(weights);
   if (isa == Isa::avx2) return avx2::expert_kernels(weights);
 #endif
@@ -121,6 +124,7 @@ inline const ExpertKernels& expert_kernels(Isa isa, DType weights) {
 
 inline const CpuPeak& cpu_peak(Isa isa) {
 #ifdef SPAC_X86
+  if (isa == Isa::amx) return amx::cpu_peak();
   if (isa == Isa::avx512) return avx512::cpu_peak();
   if (isa == Isa::avx2) return avx2::cpu_peak();
 #endif

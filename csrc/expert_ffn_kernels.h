@@ -1,10 +1,24 @@
 // The microkernels behind `ExpertKernels`. Included per ISA inside its namespace, after
-// expert_ffn_tile.h, hence no #pragma once.
+// expert_ffn_tile.h, hence no #pragma once. With SPAC_DENSE, experts of many tokens take matrix tiles
+// instead of blocks.
 inline constexpr int PANEL_ROWS = 8;  // a multiple of 4
 
+#ifdef SPAC_DENSE
+inline constexpr int PAD = TILE_K;  // a multiple of STEP
+#else
+inline constexpr int PAD = STEP;
+#endif
+
 inline int64_t padded(int64_t k) {
-  return (k + STEP - 1) / STEP * STEP;
+  return (k + PAD - 1) / PAD * PAD;
 }
+
+#ifdef SPAC_DENSE
+#include "expert_ffn_dense.h"
+inline constexpr int STREAM_MOST = DENSE_TOKENS - 1;
+#else
+inline constexpr int STREAM_MOST = STREAM_TOKENS;
+#endif
 
 // Where element i of a token goes inside a packed block of n tokens, relative to token 0.
 template <class W>
@@ -18,6 +32,9 @@ inline int64_t packed_index(int64_t i, int64_t n) {
 
 template <class W, class X>
 void pack_rows(const X* x, const int32_t* token, int count, int64_t k, float* out) {
+#ifdef SPAC_DENSE
+  if (count >= DENSE_TOKENS) return pack_dense(x, token, count, k, out);
+#endif
   for (int n = 0; n < count; ++n) {
     const X* row = x + token[n] * k;
     float* to = out + n * VL;
@@ -74,7 +91,7 @@ void stream_rows(const W* w, int64_t w_stride, int rows, int64_t k, const float*
                             out + r, out_stride);
 }
 
-template <class W, int N = STREAM_TOKENS>
+template <class W, int N = STREAM_MOST>
 void stream(int tokens, const W* w, int64_t w_stride, int rows, int64_t k, const float* x,
             const W* next, float* out, int64_t out_stride) {
   if constexpr (N > 0) {
@@ -152,7 +169,7 @@ void block_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group& 
 template <class W>
 void rows_dot(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group, const float* x,
               const W* next, float* out, int64_t out_stride, float* scratch) {
-  if (group.pairs <= STREAM_TOKENS)
+  if (group.pairs <= STREAM_MOST)
     return stream<W>(group.pairs, w, w_stride, rows, k, x, next, out, out_stride);
   for (int r = 0; r < rows; r += PANEL_ROWS) {
     const W* from = w + r * w_stride;
@@ -170,7 +187,12 @@ inline int64_t row_stride(int64_t rows) {
 }
 
 inline size_t scratch(int64_t rows, int64_t pairs) {
-  return dot_scratch(pairs) + 2 * row_stride(rows) * pairs;
+  const size_t floats = dot_scratch(pairs) + 2 * row_stride(rows) * pairs;
+#ifdef SPAC_DENSE
+  return std::max(floats, dense_scratch(pairs));
+#else
+  return floats;
+#endif
 }
 
 // ---- projections
@@ -178,6 +200,10 @@ inline size_t scratch(int64_t rows, int64_t pairs) {
 template <class W>
 void gate_up(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
              const Group& group, const float* x, float* h, float* scratch, const void* next) {
+#ifdef SPAC_DENSE
+  if (group.pairs >= DENSE_TOKENS)
+    return gate_up_dense(s, e, begin, end, group, x, h, scratch, next);
+#endif
   const int rows = static_cast<int>(end - begin);
   const int64_t stride = row_stride(rows), h_padded = padded(s.intermediate);
   float* gate = scratch + dot_scratch(group.pairs);
@@ -214,6 +240,10 @@ template <class W>
 void down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end, const Group& group,
           const float* h, const int32_t* token, const float* weight, float* y, int64_t y_stride,
           float* scratch, const void* next) {
+#ifdef SPAC_DENSE
+  if (group.pairs >= DENSE_TOKENS)
+    return down_dense(s, e, begin, end, group, h, token, weight, y, y_stride, scratch, next);
+#endif
   const int rows = static_cast<int>(end - begin);
   float* out = scratch + dot_scratch(group.pairs);
   const int64_t stride = row_stride(rows);
@@ -229,12 +259,22 @@ void down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
   }
 }
 
+#ifdef SPAC_DENSE
+inline constexpr ExpertKernels dense_kernels = {
+    STREAM_MOST, TILE, DENSE_ROWS, DENSE_FREE, PAD, pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
+
+const ExpertKernels& expert_kernels(DType weights) {
+  return weights == DType::bf16 ? dense_kernels : avx512::expert_kernels(weights);
+}
+#else
 template <class W>
 inline constexpr ExpertKernels kernels = {
-    STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, STEP, pack<W>, gate_up<W>, down<W>, scratch};
+    STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, 2 * STREAM_TOKENS, PAD, pack<W>, gate_up<W>, down<W>,
+    scratch};
 
 const ExpertKernels& expert_kernels(DType weights) {
   if (weights == DType::bf16) return kernels<bf16>;
   if (weights == DType::f16) return kernels<f16>;
   return kernels<float>;
 }
+#endif

@@ -209,7 +209,7 @@ class ExpertFfn {
       e.rows = e.group.pairs > kernels.stream_tokens ? kernels.panel_rows : kStreamRows;
       e.unit = unit;
       unit = e.end = unit + static_cast<int32_t>((intermediate + e.rows - 1) / e.rows);
-      cost = e.cost = cost + std::max(2 * kernels.stream_tokens, e.group.pairs);
+      cost = e.cost = cost + std::max(kernels.free_tokens, e.group.pairs);
     }
     const auto evenly = [&](int64_t units) {
       return [=](int t) { return static_cast<uint32_t>(units * t / threads); };
