@@ -3,24 +3,38 @@
 inline constexpr int STEP = 2 * VL;  // weights of a row per step
 
 // Rows of a tile: 8 where the accumulators hold them, since more rows are more streams from memory;
-// then 4, whose sums are written together.
+// then 4, whose sums are written together, or 2.
 constexpr int tile_rows(int tokens) {
   const int rows = ACCUMULATORS / tokens;
-  return rows >= 8 ? 8 : rows > 4 ? 4 : rows;
+  return rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
 }
 
+// Keeps the fewer of the weights and the tokens of half a step in registers, and takes the others
+// one by one: 12 sums, 3 tokens and a weight are the 16 registers of AVX2.
 template <int R, int N, class Load>
 inline __attribute__((always_inline)) void step(V (&acc)[N][R], const float* x, Load load_row) {
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
-    V w[R];
+    if constexpr (N < R) {
+      V xs[N];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) w[r] = load_row(r, h);
+      for (int n = 0; n < N; ++n) xs[n] = load(x + (h * N + n) * VL);
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const V xn = load(x + (h * N + n) * VL);
+      for (int r = 0; r < R; ++r) {
+        const V w = load_row(r, h);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) accumulate(acc[n][r], w[r], xn);
+        for (int n = 0; n < N; ++n) accumulate(acc[n][r], w, xs[n]);
+      }
+    } else {
+      V w[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) w[r] = load_row(r, h);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) {
+        const V xn = load(x + (h * N + n) * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) accumulate(acc[n][r], w[r], xn);
+      }
     }
   }
 }
