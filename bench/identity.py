@@ -78,7 +78,9 @@ class _Bench:
         self.args = args
         self.model, self.draft, self.tokenizer = load_demo(folder=folder)
         self.model.set_experts_implementation("eager")  # outside attach, transformers' own code
-        self.prompts = held_out_prompts(self.tokenizer, args.prompts, LENGTH)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(device)  # sums of a CPU and of a GPU differ in the last bits
+        self.prompts = held_out_prompts(self.tokenizer, args.prompts, LENGTH).to(device)
         self.drafts = {"none": None, "ngram": "ngram", "model": self.draft}
         self.expected: dict[str, list[Tensor]] = {
             "greedy": [self._plain(row) for row in progress(self.prompts, "plain")],
@@ -207,7 +209,7 @@ class _Bench:
         try:
             ids = prompt[None]
             options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-            return model.generate(ids, max_new_tokens=new, do_sample=False, **options)
+            return model.generate(ids, max_new_tokens=new, do_sample=False, **options).cpu()
         finally:
             model.generation_config.eos_token_id = eos
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> Table:
             counted.add(ids.shape[1], result)
             totals["generations"] += 1
             totals["tokens"] += result.new_tokens
-            totals["different"] += not torch.equal(result.sequences, plain.sequences)
+            totals["different"] += not torch.equal(result.sequences.cpu(), plain.sequences.cpu())
         wrong = counted.contradictions(model)
         totals["wrong"] += len(wrong)
         notes += wrong[: 5 - len(notes)]

@@ -254,13 +254,14 @@ class Engine:
                 if self.spans is not None:
                     self.spans.append(("cpu", f"layer {layer}", start * 1e-9, end * 1e-9))
 
-    def save(self) -> tuple[Tensor, ...]:
-        """What a window changes on the device, for `load`."""
-        return tuple(t.clone() for t in self._moving())
+    def save(self) -> tuple[int, list[Tensor]]:
+        """What a window changes, for `load`."""
+        return self.windows, [t.clone() for t in self._moving()]
 
-    def load(self, saved: tuple[Tensor, ...]) -> None:
+    def load(self, saved: tuple[int, list[Tensor]]) -> None:
         """Undo what windows changed since `save`."""
-        for target, source in zip(self._moving(), saved, strict=True):
+        self.windows, tensors = saved
+        for target, source in zip(self._moving(), tensors, strict=True):
             target.copy_(source)
 
     def _moving(self) -> tuple[Tensor, ...]:

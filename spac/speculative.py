@@ -17,6 +17,7 @@ from spac import ops
 from spac.attachment import Attachment, attachment
 from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft
 from spac.draft_length import DraftLengthController
+from spac.experts import find_experts
 from spac.sampling import Seeded, Warp, make_warp
 from spac.target import EagerTarget, NotCapturable, StaticTarget, Target, log
 
@@ -175,6 +176,8 @@ def _target(model: PreTrainedModel, state: Attachment | None, length: int) -> Ta
     if wanted is False or (wanted is None and engine.device.type != "cuda"):
         return EagerTarget(model)
     try:
+        if any(m._forward_hooks or m._forward_pre_hooks for _, m in find_experts(model)):
+            raise NotCapturable("hooks on its experts would not see the windows of a graph")
         if length + engine.config.max_window > room:
             raise NotCapturable(f"{length} tokens and a window are more than max_length={room}")
         if id(model) not in state.targets:

@@ -257,7 +257,11 @@ def splits_into_python_tokens(text: str) -> bool:
         tokens = list(tokenize.generate_tokens(lines.readline))
     except (tokenize.TokenError, SyntaxError) as error:
         return "EOF" in str(error)  # cut off within brackets or a docstring
-    return all(t.type != tokenize.ERRORTOKEN or t.string.isspace() for t in tokens)
+    # Before Python 3.12 what no token begins with was an ERRORTOKEN, spaces too, now it is an OP.
+    return not any(
+        t.string in ("?", "$", "!") or (t.type == tokenize.ERRORTOKEN and not t.string.isspace())
+        for t in tokens
+    )
 
 
 def test_what_counts_as_python():

@@ -9,6 +9,7 @@ import spac
 from spac.budget import bytes_for_ratio
 from spac.config import POLICIES, SpacConfig
 from spac.draft import ModelDraft, NgramDraft
+from spac.record import Recorder
 
 PROMPT = torch.randint(0, 96, (1, 23), generator=torch.Generator().manual_seed(1))
 NEW = 40
@@ -215,3 +216,17 @@ def test_bad_inputs(tiny_moe):
         spac.generate(model, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="its vocabulary has 50 tokens, the target's 96"):
         spac.generate(model, PROMPT, draft=tiny_moe(vocab_size=50))
+
+
+def test_a_recorder_sees_every_window_of_static_windows_too(tiny_moe, caplog):
+    """Hooks do not run inside a CUDA graph."""
+    settings = {"max_length": 64, "static_windows": True}
+    model = tiny_moe()
+    spac.attach(model, bytes_for_ratio(model, 0.3, SpacConfig(**settings)), **settings)
+    prompt = torch.randint(0, 96, (1, 9))
+    spac.generate(model, prompt, max_new_tokens=3)  # its windows are ready
+    with Recorder(model) as recorder:
+        spac.generate(model, prompt, max_new_tokens=6)
+    assert recorder.trace().boundaries.tolist() == [0, 9, 10, 11, 12, 13, 14]
+    assert "hooks on its experts" in caplog.text
+    spac.detach(model)

@@ -23,7 +23,7 @@ def attach(model, ratio, **settings):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_timeline_holds_every_side(tiny_moe, tmp_path, static):
-    model = attach(tiny_moe(), 0.3, static_windows=static)
+    model = attach(tiny_moe(), 0.3, static_windows=static, stream_missing=False)
     with spac.timeline(model, tmp_path / "t.json"):
         with pytest.raises(ValueError, match="recorded already"), spac.timeline(model, "x"):
             pass
