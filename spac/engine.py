@@ -89,6 +89,7 @@ class Engine:
         # Of the prompt since the last window.
         self._prompt_pairs = torch.zeros_like(self.frequency)
         self._prompt_tokens = 0
+        self._snapshot: Snapshot | None = None
         self.prefill: Prefill | None = None
         if self.streams is not None and area_experts(layouts[0]):
             self.prefill = Prefill(store, device, costs)
@@ -145,6 +146,7 @@ class Engine:
         prefill = hidden.shape[0] > self.config.max_window
         if layer == 0 and not prefill:
             self._begin_window(hidden.shape[0])
+            self.launched()
         self.pool.publish(layer)
         if prefill:
             return self._prefill(layer, hidden, ids, weights)
@@ -304,16 +306,23 @@ class Engine:
             self._before = self.utility.clone()
         if self.copier.is_alive():
             utility, frequency = self.utility.cpu().clone(), self.frequency.cpu().clone()
-            prompt = None
+            prompt = None if self._snapshot is None else self._snapshot.prompt  # one never sent
             if self._prompt_tokens:
                 prompt = self._prompt_pairs.cpu().numpy() * (width / self._prompt_tokens)
                 self._prompt_pairs.zero_()
                 self._prompt_tokens = 0
-            self.copier.submit(
-                Snapshot(
-                    self.windows, time.perf_counter(), utility.numpy(), frequency.numpy(), prompt
-                )
+            self._snapshot = Snapshot(
+                self.windows, time.perf_counter(), utility.numpy(), frequency.numpy(), prompt
             )
+
+    def launched(self) -> None:
+        """The host has nothing more to do for the window: the copy thread may have its turn.
+
+        Not before, because both need Python's lock.
+        """
+        if self._snapshot is not None:
+            self.copier.submit(self._snapshot)
+            self._snapshot = None
 
     def settle(self, accepted: Tensor) -> None:
         """After a verify window: count the pairs of rejected tokens by `rejected_weight`."""

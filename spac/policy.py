@@ -243,12 +243,19 @@ class Spac(Policy):
         """Pairs expected of each expert in the next window [L, E], up to the cap."""
         return self.state["expected"] * (1 - self.DECAY) / (1 - self.DECAY ** (self.window + 1))
 
-    def _advance(self, layer: int, n: Floats) -> None:
-        up, down = self.calibrator.bounds[layer]
+    def observe_counts(self, n: ArrayLike) -> None:
+        # All layers in one step: this runs beside the thread that decodes, under the same lock.
+        self._advance(slice(None), np.asarray(n, dtype=float))
+        self.window += 1
+        self._finish()
+
+    def _advance(self, layer: int | slice, n: Floats) -> None:
+        bounds = self.calibrator.bounds[layer]
+        up, down = bounds[..., :1], bounds[..., 1:]
         u, e = self.state["utility"], self.state["expected"]
         u[layer] = estimator.step(u[layer].astype(np.int32), n, up, down)
         e[layer] = self.DECAY * e[layer] + np.minimum(n, self.CAP)
-        self.state["last"][layer, n > 0] = self.window + 1
+        self.state["last"][layer][n > 0] = self.window + 1
 
     def _finish(self) -> None:
         self.calibrator.update(self.utility, self.tau, self.quota)

@@ -149,11 +149,15 @@ class StaticTarget:
         if ready.flags and self.engine is not None:
             self.engine.begin_window(width)
         if ready.graph is None or ready.logits is None:
-            return self._run(window, ready.flags)
+            logits = self._run(window, ready.flags)
+            if self.engine is not None:
+                self.engine.launched()
+            return logits
         ready.tokens.copy_(window)
         ready.graph.replay()
         if self.engine is not None:  # asleep, since a thread that spins takes a core from the FFN
             self._ended.record()
+            self.engine.launched()
             self._ended.synchronize()
         return ready.logits
 
