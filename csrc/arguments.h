@@ -38,6 +38,19 @@ inline DType float_type(const char* name, ScalarType type) {
   return DType::f32;
 }
 
+inline DType weight_type(const std::string& form, int64_t group, DType plain, int64_t hidden,
+                         int64_t intermediate) {
+  if (form == "float") return plain;
+  if (form == "int8") return DType::i8;
+  check(form == "int4" && (group == 32 || group == 128),
+        "expert_ffn_cpu: form: expected float, int8, or int4 in groups of 32 or 128, got '", form,
+        "' and group ", group);
+  check(hidden % group == 0 && intermediate % group == 0,
+        "expert_ffn_cpu: form int4: expected hidden and intermediate in whole groups of ", group,
+        ", got ", hidden, " and ", intermediate);
+  return group == 32 ? DType::i4_32 : DType::i4_128;
+}
+
 inline Activation activation_from(const std::string& name) {
   const char* names[] = {"silu", "gelu", "gelu_tanh", "relu", "swiglu_clamp"};
   for (int i = 0; i < 5; ++i)
@@ -61,7 +74,9 @@ inline FfnCall describe_table(const Tensor& address, int64_t hidden, ScalarType 
                               bool bias, int64_t gate_up_bias_offset, int64_t gate_up_bias_skew,
                               int64_t down_bias_offset, int64_t down_bias_skew,
                               int64_t bias_stride, int64_t bias_up_offset,
-                              const std::string& activation, double alpha, double limit) {
+                              const std::string& activation, double alpha, double limit,
+                              const std::string& form, int64_t group,
+                              int64_t gate_up_scale_offset, int64_t down_scale_offset) {
   check_tensor("address", address, 1);
   check(address.scalar_type() == ScalarType::Long, "expert_ffn_cpu: address: expected int64");
   check(hidden > 0 && intermediate > 0 && hidden <= INT32_MAX && intermediate <= INT32_MAX,
@@ -78,8 +93,11 @@ inline FfnCall describe_table(const Tensor& address, int64_t hidden, ScalarType 
                 bias_up_offset,
                 activation_from(activation),
                 static_cast<float>(alpha),
-                static_cast<float>(limit)};
-  call.w_dtype = float_type("dtype", dtype);
+                static_cast<float>(limit),
+                float_type("dtype", dtype)};
+  call.w_dtype = weight_type(form, group, call.shape.bias_type, hidden, intermediate);
+  call.gate_up_scale_offset = gate_up_scale_offset;
+  call.down_scale_offset = down_scale_offset;
   call.address = address.const_data_ptr<int64_t>();
   call.experts = address.size(0);
   call.down_offset = down_offset;
@@ -97,6 +115,7 @@ inline FfnCall describe_table(const Tensor& address, int64_t hidden, ScalarType 
   "int intermediate, int gate_stride, int up_offset, int down_offset, int down_skew, " \
   "int down_stride, bool bias, int gate_up_bias_offset, int gate_up_bias_skew, "       \
   "int down_bias_offset, int down_bias_skew, int bias_stride, int bias_up_offset, "    \
-  "str activation, float alpha, float limit"
+  "str activation, float alpha, float limit, str form=\"float\", int group=0, "        \
+  "int gate_up_scale_offset=0, int down_scale_offset=0"
 
 }  // namespace spac

@@ -15,7 +15,15 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-enum class DType { bf16, f16, f32 };
+// Quantised as spac/quantize.py says: one fp32 scale a row, or one fp16 scale a group of weights.
+struct i8 {
+  int8_t q;
+};
+struct i4 {  // two weights
+  uint8_t q;
+};
+// Those from i8 on are of weights only.
+enum class DType { bf16, f16, f32, i8, i4_32, i4_128 };
 enum class Activation { silu, gelu, gelu_tanh, relu, swiglu_clamp };
 
 inline float from_bits(uint32_t bits) {
@@ -29,10 +37,23 @@ inline float to_float(float v) {
 inline float to_float(bf16 v) {
   return from_bits(static_cast<uint32_t>(v.bits) << 16);
 }
+inline float to_float(i8 v) {
+  return v.q;
+}
 inline float to_float(f16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff;
   if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest << 13));  // inf, nan
   return from_bits(sign | 0x3f800000) * (from_bits(rest << 13) * 0x1p112f);
+}
+
+inline float float_at(const void* p, DType type, int64_t i) {
+  if (type == DType::bf16) return to_float(static_cast<const bf16*>(p)[i]);
+  if (type == DType::f16) return to_float(static_cast<const f16*>(p)[i]);
+  return static_cast<const float*>(p)[i];
+}
+// Of what strides count: two weights of int4.
+inline int64_t unit_bytes(DType type) {
+  return type == DType::f32 ? 4 : type == DType::bf16 || type == DType::f16 ? 2 : 1;
 }
 
 // One layer, as ExpertTable (spac/layout.py) describes it. Strides and *_offset in elements.
@@ -43,11 +64,14 @@ struct FfnShape {
   int64_t bias_stride, bias_up_offset;
   Activation activation;
   float alpha, limit;
+  DType bias_type = DType::f32;
 };
 
-// Where the weights of one expert start; the biases may be null.
+// Where the weights of one expert start; biases and scales may be null. The scales of gate and up
+// lie in the order of their biases.
 struct ExpertWeights {
   const void *gate, *down, *gate_bias, *down_bias;
+  const void *gate_scale = nullptr, *down_scale = nullptr;
 };
 
 // `count` pairs of one expert that a tile computes together, from pair `first` of that expert.
@@ -99,10 +123,10 @@ struct CpuPeak {
   int64_t flops_per_step;
 };
 
-#define SPAC_DECLARE_ISA(isa)                         \
-  namespace isa {                                     \
-  const ExpertKernels& expert_kernels(DType weights); \
-  const CpuPeak& cpu_peak();                          \
+#define SPAC_DECLARE_ISA(isa)                                  \
+  namespace isa {                                              \
+  const ExpertKernels& expert_kernels(DType weights, DType x); \
+  const CpuPeak& cpu_peak();                                   \
   }
 SPAC_DECLARE_ISA(portable)
 #ifdef SPAC_X86
@@ -112,14 +136,14 @@ SPAC_DECLARE_ISA(amx)
 #endif
 #undef SPAC_DECLARE_ISA
 
-inline const ExpertKernels& expert_kernels(Isa isa, DType weights) {
+inline const ExpertKernels& expert_kernels(Isa isa, DType weights, DType x) {
 #ifdef SPAC_X86
-  if (isa == Isa::amx) return amx::expert_kernels(weights);
-  if (isa == Isa::avx512) return avx512::expert_kernels(weights);
-  if (isa == Isa::avx2) return avx2::expert_kernels(weights);
+  if (isa == Isa::amx) return amx::expert_kernels(weights, x);
+  if (isa == Isa::avx512) return avx512::expert_kernels(weights, x);
+  if (isa == Isa::avx2) return avx2::expert_kernels(weights, x);
 #endif
   (void)isa;
-  return portable::expert_kernels(weights);
+  return portable::expert_kernels(weights, x);
 }
 
 inline const CpuPeak& cpu_peak(Isa isa) {

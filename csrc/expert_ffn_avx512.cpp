@@ -15,6 +15,8 @@ namespace spac::avx512 {
 #include "activation.h"
 #include "expert_ffn_tile.h"
 #include "expert_ffn_kernels.h"
+#include "int4_avx512.h"
+#include "expert_ffn_int4.h"
 #include "peak.h"
 }  // namespace spac::avx512
 SPAC_TARGET_END

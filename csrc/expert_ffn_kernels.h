@@ -197,6 +197,48 @@ inline size_t scratch(int64_t rows, int64_t pairs) {
 
 // ---- projections
 
+inline void scale_rows(const float* scale, int64_t scale_stride, int rows, int pairs, float* out,
+                       int64_t out_stride) {
+  for (int p = 0; p < pairs; ++p)
+    for (int r = 0; r < rows; ++r) out[p * out_stride + r] *= scale[r * scale_stride];
+}
+
+template <class W>
+float bias_at(const FfnShape& s, const void* bias, int64_t i) {
+  if constexpr (sizeof(W) == 1)
+    return float_at(bias, s.bias_type, i);
+  else
+    return to_float(static_cast<const W*>(bias)[i]);
+}
+
+// gate = act(gate + bias) * (up + bias) for rows begin.. of all pairs, zero up to `stride`.
+template <class W>
+void finish_gate_up(const FfnShape& s, const ExpertWeights& e, int64_t begin, int rows, int pairs,
+                    float* gate, float* up, int64_t stride) {
+  if (s.bias)
+    for (int p = 0; p < pairs; ++p)
+      for (int j = 0; j < rows; ++j) {
+        const int64_t at = (begin + j) * s.bias_stride;
+        gate[p * stride + j] += bias_at<W>(s, e.gate_bias, at);
+        up[p * stride + j] += bias_at<W>(s, e.gate_bias, at + s.bias_up_offset);
+      }
+  for (int p = 0; p < pairs; ++p)
+    for (int j = rows; j < stride; ++j) gate[p * stride + j] = up[p * stride + j] = 0;
+  activate(s.activation, s.alpha, s.limit, gate, up, stride * pairs);
+}
+
+// y[token[p]] += weight[p] * (out[p] + bias) for rows begin..; `bias` is scratch.
+template <class W>
+void finish_down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int rows, int pairs,
+                 const float* out, int64_t stride, float* bias, const int32_t* token,
+                 const float* weight, float* y, int64_t y_stride) {
+  for (int r = 0; r < rows; ++r) bias[r] = s.bias ? bias_at<W>(s, e.down_bias, begin + r) : 0;
+  for (int p = 0; p < pairs; ++p) {
+    float* to = y + token[p] * y_stride;
+    for (int r = 0; r < rows; ++r) to[r] += weight[p] * (out[p * stride + r] + bias[r]);
+  }
+}
+
 template <class W>
 void gate_up(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
              const Group& group, const float* x, float* h, float* scratch, const void* next) {
@@ -213,17 +255,12 @@ void gate_up(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t e
   rows_dot<W>(w_gate, s.gate_stride, rows, s.hidden, group, x, w_up, gate, stride, scratch);
   rows_dot<W>(w_up, s.gate_stride, rows, s.hidden, group, x, static_cast<const W*>(next), up,
               stride, scratch);
-  if (s.bias) {
-    const W* bias = static_cast<const W*>(e.gate_bias) + begin * s.bias_stride;
-    for (int p = 0; p < group.pairs; ++p)
-      for (int j = 0; j < rows; ++j) {
-        gate[p * stride + j] += to_float(bias[j * s.bias_stride]);
-        up[p * stride + j] += to_float(bias[j * s.bias_stride + s.bias_up_offset]);
-      }
+  if constexpr (std::is_same_v<W, i8>) {
+    const float* scale = static_cast<const float*>(e.gate_scale) + begin * s.bias_stride;
+    scale_rows(scale, s.bias_stride, rows, group.pairs, gate, stride);
+    scale_rows(scale + s.bias_up_offset, s.bias_stride, rows, group.pairs, up, stride);
   }
-  for (int p = 0; p < group.pairs; ++p)
-    for (int j = rows; j < stride; ++j) gate[p * stride + j] = up[p * stride + j] = 0;
-  activate(s.activation, s.alpha, s.limit, gate, up, stride * group.pairs);
+  finish_gate_up<W>(s, e, begin, rows, group.pairs, gate, up, stride);
   const int64_t zero_end = end == s.intermediate ? h_padded : end;
   for (int b = 0; b < group.num_blocks; ++b) {
     const Block block = group.blocks[b];
@@ -251,30 +288,21 @@ void down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
   const W* w = static_cast<const W*>(e.down) + begin * s.down_stride;
   rows_dot<W>(w, s.down_stride, rows, s.intermediate, group, h, static_cast<const W*>(next), out,
               stride, scratch);
-  for (int r = 0; r < rows; ++r)
-    bias[r] = s.bias ? to_float(static_cast<const W*>(e.down_bias)[begin + r]) : 0;
-  for (int p = 0; p < group.pairs; ++p) {
-    float* to = y + token[p] * y_stride;
-    for (int r = 0; r < rows; ++r) to[r] += weight[p] * (out[p * stride + r] + bias[r]);
-  }
+  if constexpr (std::is_same_v<W, i8>)
+    scale_rows(static_cast<const float*>(e.down_scale) + begin, 1, rows, group.pairs, out, stride);
+  finish_down<W>(s, e, begin, rows, group.pairs, out, stride, bias, token, weight, y, y_stride);
 }
 
 #ifdef SPAC_DENSE
 inline constexpr ExpertKernels dense_kernels = {
     STREAM_MOST, TILE, DENSE_ROWS, DENSE_FREE, PAD, pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
 
-const ExpertKernels& expert_kernels(DType weights) {
-  return weights == DType::bf16 ? dense_kernels : avx512::expert_kernels(weights);
+const ExpertKernels& expert_kernels(DType weights, DType x) {
+  return weights == DType::bf16 ? dense_kernels : avx512::expert_kernels(weights, x);
 }
 #else
 template <class W>
 inline constexpr ExpertKernels kernels = {
     STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, 2 * STREAM_TOKENS, PAD, pack<W>, gate_up<W>, down<W>,
     scratch};
-
-const ExpertKernels& expert_kernels(DType weights) {
-  if (weights == DType::bf16) return kernels<bf16>;
-  if (weights == DType::f16) return kernels<f16>;
-  return kernels<float>;
-}
 #endif

@@ -8,5 +8,7 @@ namespace spac::portable {
 #include "activation.h"
 #include "expert_ffn_tile.h"
 #include "expert_ffn_kernels.h"
+#include "int4_portable.h"
+#include "expert_ffn_int4.h"
 #include "peak.h"
 }  // namespace spac::portable

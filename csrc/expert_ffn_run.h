@@ -28,6 +28,7 @@ struct FfnCall {
   int64_t down_offset, down_skew;
   int64_t gate_up_bias_offset, gate_up_bias_skew, down_bias_offset, down_bias_skew;
   float* y;  // [tokens, hidden]
+  int64_t gate_up_scale_offset, down_scale_offset;
 
   ExpertWeights expert(int64_t e) const {
     const auto at = [&](int64_t offset, int64_t skew) {
@@ -35,7 +36,9 @@ struct FfnCall {
     };
     return {at(0, 0), at(down_offset, down_skew),
             shape.bias ? at(gate_up_bias_offset, gate_up_bias_skew) : nullptr,
-            shape.bias ? at(down_bias_offset, down_bias_skew) : nullptr};
+            shape.bias ? at(down_bias_offset, down_bias_skew) : nullptr,
+            at(gate_up_scale_offset, 0),
+            at(down_scale_offset, 0)};
   }
 };
 
@@ -101,7 +104,7 @@ class ExpertFfn {
     float* const h = x + pairs * h_in;
     float* const scratches = h + pairs * h_mid;
 
-    const int64_t element = call.w_dtype == DType::f32 ? 4 : 2;
+    const int64_t element = unit_bytes(call.w_dtype);
     const int64_t gate_bytes = call.shape.gate_stride * element;
     const int64_t down_bytes = down_rows * call.shape.down_stride * element;
     const auto row = [](const void* weights, int64_t offset) -> const void* {

@@ -14,7 +14,8 @@ Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
                       int64_t gate_up_bias_offset, int64_t gate_up_bias_skew,
                       int64_t down_bias_offset, int64_t down_bias_skew, int64_t bias_stride,
                       int64_t bias_up_offset, const std::string& activation, double alpha,
-                      double limit) {
+                      double limit, const std::string& form, int64_t group,
+                      int64_t gate_up_scale_offset, int64_t down_scale_offset) {
   check_tensor("x", x, 2);
   check_tensor("ids", ids, 2);
   check_tensor("weights", weights, 2);
@@ -32,7 +33,8 @@ Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
   FfnCall call = describe_table(address, hidden, dtype, intermediate, gate_stride, up_offset,
                                 down_offset, down_skew, down_stride, bias, gate_up_bias_offset,
                                 gate_up_bias_skew, down_bias_offset, down_bias_skew, bias_stride,
-                                bias_up_offset, activation, alpha, limit);
+                                bias_up_offset, activation, alpha, limit, form, group,
+                                gate_up_scale_offset, down_scale_offset);
   call.x_dtype = float_type("x", x.scalar_type());
   call.x = x.const_data_ptr();
   call.ids = ids.const_data_ptr();
@@ -42,7 +44,7 @@ Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
   call.k = k;
   call.y = y.mutable_data_ptr<float>();
 
-  const ExpertKernels& kernels = expert_kernels(current_isa(), call.w_dtype);
+  const ExpertKernels& kernels = expert_kernels(current_isa(), call.w_dtype, call.x_dtype);
   per_process<ExpertFfn>().run(call, kernels, current_threads());
   return y;
 }

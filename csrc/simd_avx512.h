@@ -46,6 +46,11 @@ template <int h>
 inline V half(const f16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + h * VL)));
 }
+template <int h>
+inline V half(const i8* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + h * VL))));
+}
 inline void sum4(V a, V b, V c, V d, float* out) {
   // [a.lo + a.hi | b.lo + b.hi], then one 128-bit lane per argument, then inside the lanes.
   const V ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);

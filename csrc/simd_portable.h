@@ -59,6 +59,12 @@ inline V half(const f16* p) {
   for (int i = 0; i < VL; ++i) v[i] = to_float(p[h * VL + i]);
   return v;
 }
+template <int h>
+inline V half(const i8* p) {
+  V v;
+  for (int i = 0; i < VL; ++i) v[i] = to_float(p[h * VL + i]);
+  return v;
+}
 inline void sum4(V a, V b, V c, V d, float* out) {
   const V v[4] = {a, b, c, d};
   for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);

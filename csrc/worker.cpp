@@ -74,13 +74,15 @@ void worker_add_layer(int64_t id, const Tensor& address, ScalarType dtype, int64
                       int64_t gate_up_bias_offset, int64_t gate_up_bias_skew,
                       int64_t down_bias_offset, int64_t down_bias_skew, int64_t bias_stride,
                       int64_t bias_up_offset, const std::string& activation, double alpha,
-                      double limit) {
+                      double limit, const std::string& form, int64_t group,
+                      int64_t gate_up_scale_offset, int64_t down_scale_offset) {
   Owned& owned = find(id);
   owned.worker->add_layer(describe_table(address, owned.hidden, dtype, intermediate, gate_stride,
                                          up_offset, down_offset, down_skew, down_stride, bias,
                                          gate_up_bias_offset, gate_up_bias_skew, down_bias_offset,
                                          down_bias_skew, bias_stride, bias_up_offset, activation,
-                                         alpha, limit));
+                                         alpha, limit, form, group, gate_up_scale_offset,
+                                         down_scale_offset));
   owned.tensors.push_back(address);
 }
 

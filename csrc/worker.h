@@ -139,7 +139,7 @@ class Worker {
     call.k = mail_.k;
     call.y = mail_.back;
     times[0] = now();
-    ffn.run(call, expert_kernels(current_isa(), call.w_dtype), window.threads);
+    ffn.run(call, expert_kernels(current_isa(), call.w_dtype, call.x_dtype), window.threads);
     times[1] = now();
   }
 

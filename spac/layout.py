@@ -8,7 +8,7 @@ memory: the kernels do not care (DESIGN section 4, "Expert address table").
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FORMS = ("float", "int8", "int4")
+GROUPS = (32, 128)  # weights along K that share a scale of int4
 _SECTION_ALIGN = 16  # bytes; every section of a blob can be read with 16-byte loads
 _BLOB_ALIGN = 256  # bytes
 
@@ -42,6 +44,10 @@ class ExpertLayout:
     transposed: bool = False  # parameters are gate_up [E, H, 2I], down [E, I, H]
     interleaved: bool = False  # gate and up rows alternate instead of lying in two halves
     bias: bool = False  # gate_up_bias [E, 2I], down_bias [E, H]
+    # How the weights are stored: "float" (in `dtype`), or quantised as `spac.quantize` says; then
+    # `dtype` is that of activations and biases.
+    form: str = "float"
+    group: int = 0  # of int4
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -50,28 +56,71 @@ class ExpertLayout:
             raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {self.dtype}")
         if min(self.num_experts, self.hidden, self.intermediate) < 1:
             raise ValueError("num_experts, hidden and intermediate must be at least 1")
+        if self.form not in FORMS:
+            raise ValueError(f"form: expected one of {FORMS}, got {self.form!r}")
+        if self.form != "float" and self.transposed:
+            raise ValueError(f"form {self.form}: rows are contiguous, transposed must be False")
+        if self.form != "int4":
+            if self.group:
+                raise ValueError(f"group: only for form int4, got {self.group} for {self.form}")
+            return
+        if self.group not in GROUPS:
+            raise ValueError(f"group: expected one of {GROUPS} for form int4, got {self.group}")
+        if self.hidden % self.group or self.intermediate % self.group:
+            raise ValueError(
+                f"form int4: hidden and intermediate must be multiples of group {self.group}, "
+                f"got {self.hidden} and {self.intermediate}"
+            )
+
+    def quantized(self, form: str, group: int = 0) -> ExpertLayout:
+        """The same experts with weights of `form`; int4 in groups of `group` (default 32)."""
+        if form == "int4":
+            group = group or GROUPS[0]
+        return replace(self, form=form, group=group, transposed=False)
+
+    def row_units(self, k: int) -> int:
+        """Storage elements of a row of `k` weights: numbers, or bytes of two for int4."""
+        return k // 2 if self.form == "int4" else k
+
+    def row_scales(self, k: int) -> int:
+        """Scales of a row of `k` weights."""
+        return k // self.group if self.form == "int4" else 1
+
+    def section_dtype(self, name: str) -> torch.dtype:
+        """Storage dtype of a section."""
+        if self.form == "float" or name.endswith("bias"):
+            return self.dtype
+        if name.endswith("scale"):
+            return torch.float32 if self.form == "int8" else torch.float16
+        return torch.int8 if self.form == "int8" else torch.uint8
 
     def sections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Byte offset and shape of each weight inside one expert's blob (row-major)."""
+        H, inter = self.hidden, self.intermediate
         shapes: dict[str, tuple[int, ...]] = {
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
+            "gate_up": (2 * inter, self.row_units(H)),
+            "down": (H, self.row_units(inter)),
         }
         if self.bias:
-            shapes["gate_up_bias"] = (2 * self.intermediate,)
-            shapes["down_bias"] = (self.hidden,)
+            shapes["gate_up_bias"] = (2 * inter,)
+            shapes["down_bias"] = (H,)
+        if self.form != "float":
+            shapes["gate_up_scale"] = (2 * inter, self.row_scales(H))
+            shapes["down_scale"] = (H, self.row_scales(inter))
         out, offset = {}, 0
         for name, shape in shapes.items():
             out[name] = (offset, shape)
-            size = self.dtype.itemsize * int(torch.Size(shape).numel())
-            offset = _round_up(offset + size, _SECTION_ALIGN)
+            offset = _round_up(offset + self._section_bytes(name, shape), _SECTION_ALIGN)
         return out
+
+    def _section_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        return self.section_dtype(name).itemsize * math.prod(shape)
 
     @property
     def blob_bytes(self) -> int:
         """Bytes of one expert in the host store and in a slot."""
-        offset, shape = list(self.sections().values())[-1]
-        return _round_up(offset + self.dtype.itemsize * torch.Size(shape).numel(), _BLOB_ALIGN)
+        name, (offset, shape) = list(self.sections().items())[-1]
+        return _round_up(offset + self._section_bytes(name, shape), _BLOB_ALIGN)
 
 
 @dataclass(frozen=True)
@@ -81,7 +130,10 @@ class ExpertTable:
     The gate row j of expert e starts at `address[e]` bytes plus `j * gate_stride` elements, its up
     row `up_offset` elements further, its down row n at
     `address[e] + down_offset + e * down_skew` bytes plus `n * down_stride` elements; biases
-    likewise. `address[e] == 0` means that the expert is not here: its pairs give zero.
+    likewise. Of quantised weights, strides and `up_offset` count storage elements (bytes); the
+    scales of stored row n of gate_up or down begin at `address[e]` plus their offset in bytes
+    plus `n * layout.row_scales(K)` scales. `address[e] == 0` means that the expert is not here:
+    its pairs give zero.
     """
 
     layout: ExpertLayout
@@ -99,6 +151,8 @@ class ExpertTable:
     down_bias_skew: int = 0
     bias_stride: int = 1  # elements between the biases of gate row j and j + 1
     bias_up_offset: int = 0  # elements from the bias of gate row j to that of up row j
+    gate_up_scale_offset: int = 0  # bytes; the scales are there only if layout.form is not "float"
+    down_scale_offset: int = 0
     align: int = _SECTION_ALIGN  # bytes, a power of two that divides every address
     copy_to: Tensor | None = None  # int64 [E]: where to store an expert's blob that is read; 0: no
     owner: object = None  # keeps the memory behind the addresses alive
@@ -106,14 +160,10 @@ class ExpertTable:
     @staticmethod
     def from_blobs(layout: ExpertLayout, address: Tensor, owner: object = None) -> ExpertTable:
         """Table over row-major blobs (host store or slots) that start at `address[e]`."""
-        H, inter = layout.hidden, layout.intermediate
+        H, inter = layout.row_units(layout.hidden), layout.intermediate
         sections = layout.sections()
-        bias: dict[str, Any] = {}
-        if layout.bias:
-            bias = {
-                "gate_up_bias_offset": sections["gate_up_bias"][0],
-                "down_bias_offset": sections["down_bias"][0],
-            }
+        others = ("gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
+        offsets = {f"{name}_offset": sections[name][0] for name in others if name in sections}
         return ExpertTable(
             layout=layout,
             address=address,
@@ -122,12 +172,12 @@ class ExpertTable:
             up_offset=H if layout.interleaved else inter * H,
             down_offset=sections["down"][0],
             down_skew=0,
-            down_stride=inter,
+            down_stride=layout.row_units(inter),
             down_k_stride=1,
             bias_stride=2 if layout.interleaved else 1,
             bias_up_offset=1 if layout.interleaved else inter,
             owner=owner,
-            **bias,
+            **offsets,
         )
 
     @staticmethod
@@ -139,6 +189,8 @@ class ExpertTable:
         down_bias: Tensor | None = None,
     ) -> ExpertTable:
         """Table over stacked parameter tensors, [E, 2I, H] and [E, H, I] or both transposed."""
+        if layout.form != "float":
+            raise ValueError(f"table: {layout.form} weights lie in blobs; use from_blobs")
         row, col = (2, 1) if layout.transposed else (1, 2)
         size = layout.dtype.itemsize
         base, skew = gate_up.data_ptr(), gate_up.stride(0) * size

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spac.layout import ExpertLayout
+from spac.quantize import dequantize
 
 
 def activate(gate: Tensor, up: Tensor, layout: ExpertLayout) -> Tensor:
@@ -59,6 +60,21 @@ def expert_ffn(
             out = out + down_bias[e].to(acc)
         y = y.index_add(0, token, out * weights[token, choice, None].to(acc))
     return y.to(x.dtype)
+
+
+def expert_ffn_quantized(
+    x: Tensor, ids: Tensor, weights: Tensor, sections: dict[str, Tensor], layout: ExpertLayout
+) -> Tensor:
+    """`expert_ffn` with the weights that the quantised `sections` [E, ...] stand for.
+
+    Exact in the dequantised weights, which are products of two numbers: what a kernel adds to the
+    error of `spac.quantize` is its own.
+    """
+    acc = torch.promote_types(x.dtype, torch.float32)
+    w = dequantize(sections, layout, acc)
+    return expert_ffn(
+        x, ids, weights, w["gate_up"], w["down"], layout, w.get("gate_up_bias"), w.get("down_bias")
+    )
 
 
 def activate_backward(gate: Tensor, up: Tensor, layout: ExpertLayout) -> tuple[Tensor, Tensor]:

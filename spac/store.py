@@ -36,16 +36,17 @@ def host_memory(nbytes: int) -> Tensor:
 
 
 def blob_views(blobs: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
-    """The weights inside the blobs [E, blob_bytes] of a layer, [E, ...] row-major and strided."""
-    size = layout.dtype.itemsize
-    flat = blobs.view(layout.dtype)
+    """The sections of the experts in `blobs` uint8 [E, blob_bytes]: [E, ...] row-major, strided."""
     views = {}
     for name, (offset, shape) in layout.sections().items():
+        dtype = layout.section_dtype(name)
+        flat = blobs.view(dtype)
         strides = torch.empty(shape, device="meta").stride()
         views[name] = flat.as_strided(
-            (layout.num_experts, *shape),
+            (blobs.shape[0], *shape),
             (flat.stride(0), *strides),
-            flat.storage_offset() + offset // size,  # huge pages: blobs start inside a mapping
+            # huge pages: blobs start inside a mapping
+            flat.storage_offset() + offset // dtype.itemsize,
         )
     return views
 

@@ -79,7 +79,7 @@ int check(Isa isa, DType w_type, DType x_type, int64_t H, int64_t I, int64_t T, 
   call.gate_up_bias_offset = 3 * H * I * size;
   call.down_bias_offset = (3 * H * I + 2 * I) * size;
   call.y = reinterpret_cast<float*>(y.data);
-  per_process<ExpertFfn>().run(call, expert_kernels(isa, w_type), threads);
+  per_process<ExpertFfn>().run(call, expert_kernels(isa, w_type, x_type), threads);
 
   const auto tiled = [&](int64_t e) {  // then act(gate) * up is rounded to bf16
     return isa == Isa::amx && w_type == DType::bf16 && std::count(ids.begin(), ids.end(), e) >= 8;
