@@ -163,7 +163,9 @@ class ExpertTable:
         H, inter = layout.row_units(layout.hidden), layout.intermediate
         sections = layout.sections()
         others = ("gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
-        offsets = {f"{name}_offset": sections[name][0] for name in others if name in sections}
+        offsets: dict[str, Any] = {
+            f"{name}_offset": sections[name][0] for name in others if name in sections
+        }
         return ExpertTable(
             layout=layout,
             address=address,
