@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from spac.bench.report import Table
 from spac.layout import ExpertLayout, ExpertTable
 from spac.ops import expert_ffn_table
 from spac.progress import progress
+from spac.store import host_memory
 
 NAME = "cpu"
 HELP = "expert FFN on the CPU: GB/s of distinct weights and GFLOP/s, against torch"
@@ -63,7 +65,8 @@ class Weights:
         E, H, inter = layout.num_experts, layout.hidden, layout.intermediate
         one = torch.randn(2 * inter, H, dtype=layout.dtype) / H**0.5
         gate_up, down = (
-            torch.empty(s, dtype=layout.dtype) for s in ((E, 2 * inter, H), (E, H, inter))
+            host_memory(math.prod(s) * layout.dtype.itemsize).view(layout.dtype).view(s)
+            for s in ((E, 2 * inter, H), (E, H, inter))
         )
         for e in range(E):  # rolled copies: randn for all of them would take minutes
             gate_up[e] = one.roll(e)
@@ -203,7 +206,7 @@ def _run(args: argparse.Namespace, threads: int) -> Table:
     scale = threads if args.clock == "cpu" else 1  # CPU time adds up over threads
     notes: list[str] = []
     rows: list[list[object]] = []
-    data = torch.ones(READ_BYTES // 4)
+    data = host_memory(READ_BYTES).fill_(1)
 
     def peaks(isa: str, what: str) -> Callable[[], object]:
         def call() -> object:

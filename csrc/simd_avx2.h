@@ -1,9 +1,9 @@
 // Eight floats with AVX2, FMA and F16C; the contract is in simd_portable.h.
 inline constexpr int VL = 8;
 inline constexpr int ACCUMULATORS = 12;
-inline constexpr int STREAM_TOKENS = 4;
+inline constexpr int STREAM_TOKENS = 6;
 inline constexpr int BLOCK_TOKENS = 3;
-inline constexpr int DIRECT_TOKENS = 12;
+inline constexpr int DIRECT_TOKENS = 9;
 inline constexpr int BLOCK_K = 512;
 using V = __m256;
 typedef int32_t VI __attribute__((vector_size(32)));
