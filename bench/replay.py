@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rejected", choices=REJECTED, default="next")
     parser.add_argument("--rejected-weight", type=float, default=1.0)
     parser.add_argument("--streaming", action="store_true", help="three-way split")
+    parser.add_argument("--max-copies", type=int, metavar="N",
+                        help="copy in rounds of N a window, as the engine does")  # fmt: skip
     parser.add_argument("--live", action="store_true", help="scores may change within a window")
     parser.add_argument("--balance", action="store_true", help="thresholds by the balancer")
     parser.add_argument("--warmup", type=float, default=0.25, help="share of the trace not counted")
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> Table:
             policy = make_policy(policy_name, layers, trace.num_experts, slots, weight)
             if args.live or policy_name == "activation":
                 options["live"] = True
-            options["profile"] = begin
+            options |= {"profile": begin, "max_copies": args.max_copies}
             if window == "auto":
                 source = WindowSource(trace, args.acceptance, args.rejected)
                 result = replay_auto(source, policy, cost, slots, **options)
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> Table:
                 balancer = Balancer() if args.balance else None
                 result = replay(windows, policy, cost, slots, balancer=balancer, **options)
             options.pop("live", None)
-            options.pop("profile")
+            del options["profile"], options["max_copies"]
             row = [name, args.profile, window, share, round(1e-9 / cost.h2d_byte, 1), policy_name]
             rows.append(row + _figures(result, oracle))
             kept.append((row, result))

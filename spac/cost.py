@@ -6,10 +6,12 @@ Every part is affine in what it works on, so that the balancer can add up expert
     cpu   = cpu_launch + experts * cpu_expert + pairs * cpu_pair      (experts left to the CPU)
     h2d   = copies * h2d_latency + bytes * h2d_byte                   (copies and streamed experts)
     dense = dense_layer + tokens * dense_token                        (the rest of a layer)
-    layer = dense + max(gpu, cpu, h2d of the streamed experts)
+    layer = dense + handoff + max(gpu, cpu, streamed bytes * stream_byte)
 
 `*_expert` is the time to read one expert's weights, `*_pair` the arithmetic of one (token, expert)
-pair. A launch is paid only by a side that has pairs.
+pair. A launch is paid only by a side that has pairs, the hand-over (splitting the window, the bell,
+the answer, the sum) by every layer of a model of which anything is offloaded. Streamed: read by the
+kernels from host memory, in the window that needs it.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ class CostModel:
     h2d_byte: float  # 1 / bandwidth
     dense_layer: float = 0.0  # attention, router and norms of one layer, whatever the window
     dense_token: float = 0.0
+    handoff: float = 0.0  # of one layer whose window is split between GPU and CPU
+    stream_byte: float = 0.0  # 0: as fast as a copy
     name: str = ""  # of the machine, for people
 
     def __post_init__(self) -> None:
@@ -88,13 +92,24 @@ class CostModel:
         one = self.h2d_latency + self.expert_bytes * self.h2d_byte
         return np.asarray(copies, dtype=float) * one
 
+    def stream(self, experts: ArrayLike) -> NDArray[np.float64]:
+        """Seconds that the kernels take to read `experts` experts from host memory."""
+        one = self.expert_bytes * (self.stream_byte or self.h2d_byte)
+        return np.asarray(experts, dtype=float) * one
+
+    def missing(self, experts: ArrayLike, pairs: ArrayLike) -> NDArray[np.float64]:
+        """Seconds of missing experts that CPU and link share so that both end together, when a mean
+        is known and not each window's number (a window splits whole experts: `streams`)."""
+        cpu, link = self.cpu(experts, pairs), self.stream(experts)
+        return cpu * link / np.maximum(cpu + link, 1e-30)
+
     def streams(self, most: int) -> NDArray[np.int32]:
         """Of n = 0..most missing experts with a pair each, how many the GPU should read from host
         memory while the CPU computes the others: int32 [most + 1]."""
         n = np.arange(most + 1)[:, None]
         streamed = np.arange(most + 1)[None, :]
         left = np.maximum(n - streamed, 0)
-        seconds = np.maximum(self.cpu(left, left), streamed * self.expert_bytes * self.h2d_byte)
+        seconds = np.maximum(self.cpu(left, left), self.stream(streamed))
         return np.where(streamed <= n, seconds, np.inf).argmin(axis=1).astype(np.int32)
 
     def beside_link(self, most: int) -> CostModel:
@@ -182,7 +197,7 @@ class CostModel:
         if (found := data.pop("format", None)) != FORMAT:
             raise ValueError(f"format: needed {FORMAT!r}, got {found!r}")
         known = {f.name for f in fields(CostModel)}
-        required = known - {"dense_layer", "dense_token", "name"}
+        required = known - {"dense_layer", "dense_token", "handoff", "stream_byte", "name"}
         if missing := sorted(required - set(data)):
             raise ValueError(f"missing {', '.join(missing)}")
         if unknown := sorted(set(data) - known):

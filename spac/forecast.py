@@ -32,18 +32,19 @@ CALIBRATION_S = 15.0  # at most so long the operators of this machine are timed
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one verify step and what they are made of; gpu and cpu run side by side."""
+    """Seconds of one verify step and what they are made of; gpu and missing run side by side."""
 
     gamma: int
     draft: float
     dense: float
-    gpu: float
-    cpu: float
+    handoff: float
+    gpu: float  # resident experts
+    missing: float  # the others, shared by CPU and link
     tokens: float  # expected
 
     @property
     def seconds(self) -> float:
-        return self.draft + self.dense + max(self.gpu, self.cpu)
+        return self.draft + self.dense + self.handoff + max(self.gpu, self.missing)
 
     @property
     def tokens_per_second(self) -> float:
@@ -131,8 +132,9 @@ def forecast(
             gamma,
             draft_token * gamma,
             layers * float(costs.dense(width)),
+            layers * costs.handoff * (share < 1),
             layers * float(costs.gpu(here, pairs * covered)),
-            layers * float(costs.cpu(distinct - here, pairs * (1 - covered))),
+            layers * float(costs.missing(distinct - here, pairs * (1 - covered))),
             expected_tokens(acceptance, gamma),
         )
 

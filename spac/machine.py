@@ -13,6 +13,7 @@ from typing import Any
 from spac.cost import CostModel
 
 FORMAT = "spac-machine-1"
+_OPTIONAL = {"handoff", "stream_bandwidth", "source"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Machine:
     dense_layer: float  # seconds of one layer outside its experts
     dense_token: float
     draft_token: float  # seconds per drafted token
+    handoff: float = 0.0  # seconds of a layer whose window is split between GPU and CPU
+    stream_bandwidth: float = 0.0  # bytes/s of kernels that read host memory; 0: as a copy
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class Machine:
                 continue
             rate = f.name.endswith(("bandwidth", "flops"))
             low, high = (1.0, 1e18) if rate else (0.0, 100.0)
+            if f.name == "stream_bandwidth" and value == 0:
+                continue
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ValueError(f"{f.name}: needed a number in {low:g}..{high:g}, got {value!r}")
 
@@ -59,6 +64,8 @@ class Machine:
             h2d_byte=1 / self.h2d_bandwidth,
             dense_layer=self.dense_layer,
             dense_token=self.dense_token,
+            handoff=self.handoff,
+            stream_byte=1 / self.stream_bandwidth if self.stream_bandwidth else 0.0,
             name=self.name,
         )
 
@@ -78,7 +85,7 @@ class Machine:
             if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
                 raise ValueError(f"needed a JSON object with format {FORMAT!r}")
             known = {f.name for f in fields(Machine)}
-            if missing := sorted(known - {"source"} - set(data)):
+            if missing := sorted(known - _OPTIONAL - set(data)):
                 raise ValueError(f"missing {', '.join(missing)}")
             if unknown := sorted(set(data) - known):
                 raise ValueError(f"unknown {', '.join(unknown)}")
@@ -93,17 +100,20 @@ MACHINES = {
         gpu_bandwidth=2.95e12,
         gpu_flops=3e14,
         gpu_launch=12e-6,
-        cpu_bandwidth=88e9,
+        cpu_bandwidth=95e9,
         cpu_flops=1.5e12,
         cpu_launch=20e-6,
-        h2d_bandwidth=51e9,
+        h2d_bandwidth=55e9,
         h2d_latency=5e-6,
-        dense_layer=70e-6,
-        dense_token=0.5e-6,
-        draft_token=2e-3,
-        source="measured: kernels read pinned memory at 51 GB/s, CPU reads 103 GB/s from 16 threads"
-        " and its FFN gets .85 of that (the ratio at 4 threads), grouped FFN of Qwen3-30B 37, 70,"
-        " 121, 190, 258 us at W = 1, 2, 4, 8, 16; assumed: CPU arithmetic, dense part, draft",
+        dense_layer=118e-6,
+        dense_token=0.7e-6,
+        draft_token=2.8e-3,
+        handoff=110e-6,
+        stream_bandwidth=51e9,
+        source="measured: copies 55 GB/s, kernels read pinned memory at 51 GB/s, the CPU's FFN"
+        " reads 95 GB/s, grouped FFN of Qwen3-30B 37, 70, 121, 190, 258 us at W = 1, 2, 4, 8, 16,"
+        " dense part from steps with everything resident, a draft of 0.6 B; fitted to decode steps:"
+        " hand-over; assumed: CPU arithmetic",
     ),
     "rtx4090": Machine(
         name="rtx4090",

@@ -22,7 +22,8 @@ _POOL_BYTES = 640 << 20  # rotated over, so that no cache holds an expert from o
 def measure_costs(
     layout: ExpertLayout, device: torch.device | str, limit_s: float = 10.0, name: str = ""
 ) -> CostModel:
-    """Seconds of GPU FFN, CPU FFN and copies for experts of `layout`; about `limit_s` seconds.
+    """Seconds of GPU FFN, CPU FFN, copies, and the GPU FFN over experts in host memory, for experts
+    of `layout`; about `limit_s` seconds.
 
     On device "cpu" the GPU side is the CPU operator and copies are memory copies: useful to run
     the whole engine without a GPU, meaningless as a prediction of one. Dense layers are not
@@ -36,11 +37,14 @@ def measure_costs(
         host = host.pin_memory()
     host.fill_(1e-2)
     pool = host.to(device) if device.type == "cuda" else host.clone()
-    budget = limit_s / (3 * len(_POINTS))
+    budget = limit_s / (4 * len(_POINTS))
     sides = {
-        side: _ffn_seconds(layout, weights, count, budget)
+        side: _ffn_seconds(layout, weights, count, budget, weights.device)
         for side, weights in (("gpu", pool), ("cpu", host))
     }
+    stream_byte = 0.0
+    if device.type == "cuda":
+        stream_byte = _ffn_seconds(layout, host, count, budget, device)[1] / blob
     flat_host, flat_pool = host.view(torch.uint8), pool.view(torch.uint8)
     rows, seconds = [], []
     for size, copies in ((blob // 8, 1), (blob, 1), (blob, 4)):
@@ -48,15 +52,21 @@ def measure_costs(
         seconds.append(_copy_seconds(flat_host, flat_pool, size, copies, budget))
     latency, byte = fit(rows, seconds)
     return CostModel(
-        blob, *sides["gpu"], *sides["cpu"], float(latency), float(byte), name=name or str(device)
+        blob,
+        *sides["gpu"],
+        *sides["cpu"],
+        float(latency),
+        float(byte),
+        stream_byte=min(stream_byte, 1e-3),
+        name=name or str(device),
     )
 
 
 def _ffn_seconds(
-    layout: ExpertLayout, weights: Tensor, count: int, budget: float
+    layout: ExpertLayout, weights: Tensor, count: int, budget: float, device: torch.device
 ) -> tuple[float, float, float]:
-    """(launch, expert, pair) of the FFN over `count` blobs in `weights`."""
-    device, rows, seconds = weights.device, [], []
+    """(launch, expert, pair) of the FFN on `device` over `count` blobs in `weights`."""
+    rows, seconds = [], []
     address = torch.zeros(layout.num_experts, dtype=torch.int64, device=device)
     address[:count] = weights.data_ptr() + layout.blob_bytes * torch.arange(count, device=device)
     table = ExpertTable.from_blobs(layout, address, weights)

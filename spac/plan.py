@@ -17,8 +17,9 @@ COLUMNS += [
     "step ms",
     "draft",
     "dense",
+    "hand-over",
     "GPU experts",
-    "CPU experts",
+    "missing",
 ]
 
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             format_bytes(f.budget.total), str(f.budget.slots), f"{f.share:.0%}",
             f"{f.coverage:.0%}", f"{s.tokens_per_second:.3g}", str(s.gamma),
             f"{f.without.tokens_per_second:.3g}", f"{f.ttft:.2g}", f"{s.seconds * 1e3:.3g}",
-            *(f"{part * 1e3:.3g} ms" for part in (s.draft, s.dense, s.gpu, s.cpu)),
+            *(f"{part * 1e3:.3g} ms" for part in (s.draft, s.dense, s.handoff, s.gpu, s.missing)),
         )  # fmt: skip
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"Costs: {source}.", highlight=False)
     console.print(
         f"Assumed: draft acceptance {acceptance:g}, routing reuse of the development traces; "
-        "GPU and CPU experts run side by side.",
+        "missing experts are shared by CPU and link, beside those on the GPU.",
         highlight=False,
     )
     if args.plot:

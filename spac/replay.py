@@ -19,6 +19,7 @@ from spac.balance import BalanceProblem, Balancer
 from spac.cost import CostModel
 from spac.policy import Policy, PrefetchOracle, Spac
 from spac.profile import Profile
+from spac.replay_slots import Rounds, Slots
 from spac.trace import Trace
 from spac.utility import pair_counts
 
@@ -123,84 +124,6 @@ def window_counts(windows: Sequence[Window], num_experts: int) -> NDArray[np.flo
     return np.stack([[pair_counts(w.ids[:, j], num_experts) for j in layers] for w in windows])
 
 
-class _Slots:
-    """Residency, and the one copy that is under way. Experts are flat indices layer * E + e."""
-
-    def __init__(
-        self,
-        layers: int,
-        experts: int,
-        slots: int,
-        copy_seconds: float,
-        first: NDArray[np.float64] | None = None,
-    ) -> None:
-        self.resident = np.zeros(layers * experts, dtype=bool)
-        index = np.arange(min(slots, layers * experts))
-        if first is None:
-            expert, layer = np.divmod(index, layers)  # the engine's first fill
-            self.resident[layer * experts + expert] = True
-        else:
-            self.resident[np.argsort(-first.ravel(), kind="stable")[: len(index)]] = True
-        self.free = slots - len(index)
-        self.copy_seconds = copy_seconds
-        self.coming, self.left = -1, 0.0
-        self.unused = np.zeros_like(self.resident)  # copied, no pair yet
-        self.started = self.wasted = 0
-        self.margin = 0.0
-
-    def rank(self, policy: Policy) -> None:
-        """Take the policy's order for what follows."""
-        score = policy.score().ravel()
-        self.margin = policy.margin
-        self.keep = np.where(self.resident, score, np.inf)
-        self.want = np.where(self.resident, -np.inf, score)
-        if (wanted := policy.wanted()) is not None:
-            self.want[~wanted.ravel()] = -np.inf
-        if self.coming >= 0:
-            self.want[self.coming] = -np.inf
-
-    def make_room(self, score: float) -> bool:
-        """Free one slot for an expert of this score, if it beats the least resident."""
-        if self.free:
-            self.free -= 1
-            return True
-        victim = int(self.keep.argmin())
-        if not score > self.keep[victim] + self.margin:
-            return False
-        self.wasted += int(self.unused[victim])
-        self.unused[victim] = self.resident[victim] = False
-        self.keep[victim] = np.inf
-        return True
-
-    def settle(self, expert: int, score: float) -> None:
-        self.resident[expert] = True
-        self.keep[expert], self.want[expert] = score, -np.inf
-
-    def finish(self) -> float:
-        """Seconds until the copy under way arrives; it is then resident."""
-        left, self.left = self.left, 0.0
-        if self.coming >= 0:
-            self.settle(self.coming, self.arrival_score)
-            self.coming = -1
-        return left
-
-    def run(self, seconds: float) -> None:
-        """Let copies progress for this long."""
-        while seconds > 0:
-            if self.coming < 0:
-                best = int(self.want.argmax())
-                score = float(self.want[best])
-                if score == -np.inf or not self.make_room(score):
-                    return
-                self.coming, self.left, self.arrival_score = best, self.copy_seconds, score
-                self.want[best], self.unused[best] = -np.inf, True
-                self.started += 1
-            if self.left > seconds:
-                self.left -= seconds
-                return
-            seconds -= self.finish()
-
-
 def replay(
     windows: Iterable[Window],
     policy: Policy,
@@ -209,6 +132,7 @@ def replay(
     *,
     live: bool = False,
     streaming: bool = False,
+    max_copies: int | None = None,
     draft_token: float = 0.0,
     warmup: float = 0.25,
     balancer: Balancer | None = None,
@@ -221,6 +145,8 @@ def replay(
     live: copies follow scores as they are after every layer, not as they were when the window
     began. streaming: experts that are missing may be read over the link instead of computed on the
     CPU, as many as make the layer fastest, and stay if they beat a resident (three-way split).
+    max_copies: copy as the engine does, in rounds of so many a window (`replay_slots.Rounds`), and
+    stream as many as `CostModel.streams` says, which do not stay; None: copies follow one another.
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
     profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
     on_window(window, seconds) is called after each; `windows` may be drawn as the replay goes.
@@ -233,7 +159,13 @@ def replay(
         profile.check_model(layers, num_experts)
         policy.warm_start(profile.rate)
     fill = None if profile is None else profile.rate
-    pool = _Slots(layers, num_experts, slots, float(cost.h2d(1)), fill)
+    table = None
+    if max_copies is None:
+        pool = Slots(layers, num_experts, slots, cost, fill)
+    else:
+        pool = Rounds(layers, num_experts, slots, cost, max_copies, fill)
+        table = cost.streams(num_experts)
+    handoff = cost.handoff if slots < layers * num_experts else 0.0
     out = Replay(expert_bytes=cost.expert_bytes)
     for w, window in enumerate(windows):
         counted = window.at >= warmup
@@ -245,6 +177,7 @@ def replay(
         pool.rank(policy)
         seconds, pairs, resident_pairs = draft_token * (W - 1), 0.0, 0.0
         pool.run(seconds)
+        pool.begin_window(policy)
         for layer in range(layers):
             ids = window.ids[:, layer]
             n = pair_counts(ids, num_experts)
@@ -252,24 +185,24 @@ def replay(
             here = pool.resident[offset : offset + num_experts]
             hit, missing = np.flatnonzero((n > 0) & here), np.flatnonzero((n > 0) & ~here)
             pool.unused[offset + hit] = False
-            streamed = _streamed(cost, n, hit, missing, pool.left) if streaming else missing[:0]
-            on_link = pool.left + len(streamed) * pool.copy_seconds if len(streamed) else 0.0
+            streamed = _streamed(cost, n, hit, missing, pool, table) if streaming else missing[:0]
+            if counted:
+                coming = pool.under_way() - offset
+                out.late += int((n[coming[(coming >= 0) & (coming < num_experts)]] > 0).sum())
+                out.streamed += len(streamed)
+            on_link = pool.stream(len(streamed)) if len(streamed) else 0.0
             cpu = np.setdiff1d(missing, streamed, assume_unique=True)
             gpu_side = cost.gpu(len(hit) + len(streamed), n[hit].sum() + n[streamed].sum())
             cpu_side = cost.cpu(len(cpu), n[cpu].sum())
-            took = float(cost.dense(W)) + max(float(gpu_side), float(cpu_side), on_link)
-            if counted:
-                coming = pool.coming - offset
-                out.late += 0 <= coming < num_experts and bool(n[coming])
-                out.streamed += len(streamed)
+            took = float(cost.dense(W)) + handoff
+            took += max(float(gpu_side), float(cpu_side), on_link)
             pairs, resident_pairs = pairs + n.sum(), resident_pairs + n[hit].sum()
             policy.observe(layer, ids)
-            if len(streamed):
-                pool.finish()
             if live:
                 pool.rank(policy)
-            score = policy.score()[layer] if len(streamed) else n
-            for e in streamed:
+            keeps = len(streamed) and table is None
+            score = policy.score()[layer] if keeps else n
+            for e in streamed if keeps else ():
                 if not here[e] and pool.make_room(score[e]):
                     pool.settle(offset + e, score[e])
             pool.run(took - on_link)
@@ -325,23 +258,26 @@ def _streamed(
     n: NDArray[np.float64],
     hit: NDArray[np.intp],
     missing: NDArray[np.intp],
-    busy: float,
+    pool: Slots,
+    table: NDArray[np.int32] | None,
 ) -> NDArray[np.intp]:
-    """The missing experts to read over the link, most pairs first, so that the slowest side is
-    fastest; the link first ends the copy it is busy with."""
+    """The missing experts to read over the link, most pairs first: as many as the engine's table
+    says, or as make the slowest side fastest."""
     order = missing[np.argsort(-n[missing], kind="stable")]
+    if table is not None:
+        return order[: table[len(order)]]
     k = np.arange(len(order) + 1)
     moved = np.concatenate([[0.0], n[order].cumsum()])
     gpu = cost.gpu(len(hit) + k, n[hit].sum() + moved)
     cpu = cost.cpu(len(order) - k, moved[-1] - moved)
-    link = np.where(k > 0, busy + cost.h2d(k), 0.0)
+    link = pool.link_seconds(k)
     return order[: int(np.maximum(np.maximum(gpu, cpu), link).argmin())]
 
 
 def _balance(
     policy: Spac,
     balancer: Balancer,
-    pool: _Slots,
+    pool: Slots,
     cost: CostModel,
     slots: int,
     tokens: int,

@@ -158,6 +158,15 @@ def test_measure_on_this_machine(device):
     assert m.h2d(1) > 0 and m.gpu(16, 16) > 0
 
 
+def test_missing_is_what_cpu_and_link_take_together():
+    costs = CostModel(100, 0, 1, 0, 0, 3.0, 0.5, 0, 0.02, stream_byte=0.04)
+    assert costs.stream(2) == pytest.approx(8)
+    assert dataclasses.replace(costs, stream_byte=0.0).stream(2) == pytest.approx(4)  # as a copy
+    share = 7 / (7 + 8)  # of two experts, on the link: then 8 * share == 7 * (1 - share)
+    assert costs.missing(2, 2) == pytest.approx(8 * share) == pytest.approx(7 * (1 - share))
+    assert costs.missing(0, 0) == 0
+
+
 def test_streams_lets_both_sides_end_together():
     costs = dataclasses.replace(
         MODEL, cpu_launch=1e-4, cpu_expert=1e-4, h2d_byte=2e-4 / 1000, expert_bytes=1000

@@ -1,4 +1,6 @@
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from spac.replay import (
     replay,
     window_counts,
 )
+from spac.replay_slots import Rounds
 from spac.trace import Trace, load_trace, save_trace
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
@@ -83,6 +86,40 @@ def test_streaming_splits_three_ways_and_keeps_what_it_read():
     assert two.step_seconds[0] == 2 + 40
     assert three.step_seconds[0] == 2 + 12  # three experts over the link (12 s), one on the CPU
     assert three.streamed >= 3 and three.seconds < two.seconds
+
+
+def test_rounds_copy_as_the_engine_does():
+    """One slot, expert 1 wanted: evicted when a window begins, free and filled in the next one,
+    seen by the one after."""
+    r = run([[[1]]] * 6, 3, 1, max_copies=4)
+    assert r.coverage_by_window == [0, 0, 0, 1, 1, 1]
+    assert [int(held[0]) for held in r.residency] == [1, 1, 0, 1, 1, 1]
+    # A copy that lasts longer than the window is seen later, and no round begins meanwhile.
+    slow = CostModel(1, 0.0, 1.0, 0.0, 0.0, 10.0, 0.0, 0.0, 15.0, dense_layer=2.0)
+    windows = [Window(np.array([[[1]]]), 0, 0.0)] * 6
+    r = replay(windows, make_policy("lru", 1, 2, 1), slow, 1, warmup=0.0, max_copies=4)
+    assert r.coverage_by_window == [0, 0, 0, 0, 1, 1] and r.copies == 1 and r.late == 2
+    assert run([[[1]]] * 6, 3, 1, max_copies=0).copies == 0
+
+
+def test_rounds_share_the_link_with_streams():
+    cost = CostModel(1, 0.0, 1.0, 0.0, 0.0, 10.0, 0.0, 0.0, 4.0, stream_byte=5.0)
+    slots = Rounds(1, 8, 2, cost, 4)
+    assert slots.stream(2) == 10  # nothing is copied
+    slots._queue, slots.left = [2, 3], 8.0
+    # Copies leave half of the link, 8 s an expert; they end after 16 s.
+    assert slots.link_seconds([0, 1, 2]).tolist() == [0, 8, 16]
+    assert slots.stream(1) == 8 and slots.left == pytest.approx(4)
+    assert sorted(slots.under_way()) == [2, 3]
+    assert slots.stream(2) == pytest.approx(8 + 5) and slots.left == pytest.approx(0)
+
+
+def test_a_layer_pays_the_hand_over_unless_all_is_resident():
+    cost = replace(COST, handoff=3.0)
+    windows = [Window(np.array([[[0]]]), 0, 0.0)]
+    for slots, seconds in ((1, 6.0), (2, 3.0)):
+        policy = make_policy("lru", 1, 2, slots)
+        assert replay(windows, policy, cost, slots, warmup=0.0).step_seconds == [seconds]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -213,6 +250,23 @@ def test_bench_replay_and_balance(tmp_path, monkeypatch):
     assert [r[0] for r in sizes.rows] == ["12 x 32 x 6"]
     gap, failed = (sizes.columns.index(c) for c in ("worst gap to DP", "failed"))
     assert all(r[gap] < 1.1e-3 and r[failed] == 0 for r in sizes.rows)
+
+
+def test_bench_predict(tmp_path):
+    pytest.importorskip("transformers")
+    save_trace(tmp_path / "toy.npz", synthetic(64))
+    row = {"provider": "spac", "slots": "30%", "gamma": 3, "draft ms": 3.0, "coverage": 0.5}
+    row |= {"ms/step": 10.0, "tokens/s": 100.0}
+    rows = [row, row | {"provider": "resident", "slots": None}, row | {"provider": "lru"}]
+    (tmp_path / "m.json").write_text(json.dumps({"rows": rows}))
+    words = (str(tmp_path / "m.json"), "--trace", str(tmp_path / "toy.npz"), "--tokens", "24")
+    table = bench("predict", *words, "--warmup", "8")
+    found = [dict(zip(table.columns, r, strict=True)) for r in table.rows]
+    assert [f["provider"] for f in found] == ["spac", "resident"]
+    assert found[1]["coverage"] == 1 and found[0]["ms/step"] > found[1]["ms/step"] > 3
+    (tmp_path / "m.json").write_text("{}")
+    with pytest.raises(ValueError, match="m.json: no result of bench generate --shape"):
+        bench("predict", *words)
 
 
 def test_bench_plot(tmp_path):

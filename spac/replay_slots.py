@@ -1,0 +1,194 @@
+"""Slots of a replay, and how copies get into them: as they come, or in rounds like the engine's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from spac.cost import CostModel
+from spac.policy import Policy
+
+
+class Slots:
+    """Residency, and the one copy that is under way. Experts are flat indices layer * E + e."""
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        slots: int,
+        cost: CostModel,
+        first: NDArray[np.float64] | None = None,
+    ) -> None:
+        self.resident = np.zeros(layers * experts, dtype=bool)
+        index = np.arange(min(slots, layers * experts))
+        if first is None:
+            expert, layer = np.divmod(index, layers)  # the engine's first fill
+            self.resident[layer * experts + expert] = True
+        else:
+            self.resident[np.argsort(-first.ravel(), kind="stable")[: len(index)]] = True
+        self.free = slots - len(index)
+        self.cost, self.copy_seconds = cost, float(cost.h2d(1))
+        self.coming, self.left = -1, 0.0
+        self.unused = np.zeros_like(self.resident)  # copied, no pair yet
+        self.started = self.wasted = 0
+        self.margin = 0.0
+
+    def begin_window(self, policy: Policy) -> None:
+        """Before the layers of a window, after its draft: nothing, copies follow one another."""
+
+    def under_way(self) -> NDArray[np.intp]:
+        """Experts whose copy has begun and that no pair can use yet."""
+        return np.array([self.coming] if self.coming >= 0 else [], dtype=np.intp)
+
+    def link_seconds(self, streamed: ArrayLike) -> NDArray[np.float64]:
+        """Until so many experts of a layer have been read: the copy under way ends first."""
+        read = self.cost.stream(streamed)
+        return np.where(read > 0, self.left + read, 0.0)
+
+    def stream(self, streamed: int) -> float:
+        """Read so many experts over the link; the seconds that it takes. Copies go on meanwhile as
+        the link allows."""
+        took = float(self.link_seconds(streamed))
+        self.finish()
+        return took
+
+    def rank(self, policy: Policy) -> None:
+        """Take the policy's order for what follows."""
+        score = policy.score().ravel()
+        self.margin = policy.margin
+        self.keep = np.where(self.resident, score, np.inf)
+        self.want = np.where(self.resident, -np.inf, score)
+        if (wanted := policy.wanted()) is not None:
+            self.want[~wanted.ravel()] = -np.inf
+        if self.coming >= 0:
+            self.want[self.coming] = -np.inf
+
+    def make_room(self, score: float) -> bool:
+        """Free one slot for an expert of this score, if it beats the least resident."""
+        if self.free:
+            self.free -= 1
+            return True
+        victim = int(self.keep.argmin())
+        if not score > self.keep[victim] + self.margin:
+            return False
+        self.wasted += int(self.unused[victim])
+        self.unused[victim] = self.resident[victim] = False
+        self.keep[victim] = np.inf
+        return True
+
+    def settle(self, expert: int, score: float) -> None:
+        self.resident[expert] = True
+        self.keep[expert], self.want[expert] = score, -np.inf
+
+    def finish(self) -> float:
+        """Seconds until the copy under way arrives; it is then resident."""
+        left, self.left = self.left, 0.0
+        if self.coming >= 0:
+            self.settle(self.coming, self.arrival_score)
+            self.coming = -1
+        return left
+
+    def run(self, seconds: float) -> None:
+        """Let copies progress for this long."""
+        while seconds > 0:
+            if self.coming < 0:
+                best = int(self.want.argmax())
+                score = float(self.want[best])
+                if score == -np.inf or not self.make_room(score):
+                    return
+                self.coming, self.left, self.arrival_score = best, self.copy_seconds, score
+                self.want[best], self.unused[best] = -np.inf, True
+                self.started += 1
+            if self.left > seconds:
+                self.left -= seconds
+                return
+            seconds -= self.finish()
+
+
+class Rounds(Slots):
+    """As the engine copies: one round a window, of at most `most` experts.
+
+    When a window begins, the slots of the last round's victims are free and the copies that have
+    ended are seen; then the round's copies start into free slots, in the order of the scores, and
+    victims are chosen for the newcomers that found none. Streams share the link with the copies.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        slots: int,
+        cost: CostModel,
+        most: int,
+        first: NDArray[np.float64] | None = None,
+    ) -> None:
+        super().__init__(layers, experts, slots, cost, first)
+        self.most = most
+        self._queue: list[int] = []  # copies of the round, in order
+        self._arrived: list[int] = []
+        self._leaving: list[int] = []
+
+    def begin_window(self, policy: Policy) -> None:
+        self.resident[self._leaving] = False
+        self.unused[self._leaving] = False
+        self.free += len(self._leaving)
+        self._leaving = []
+        self.resident[self._arrived] = True
+        self._arrived = []
+        if not self._queue:
+            self._round(policy)
+
+    def rank(self, policy: Policy) -> None:
+        """Nothing: a round keeps the order that it began with."""
+
+    def _round(self, policy: Policy) -> None:
+        score = policy.score().ravel()
+        wanted = policy.wanted()
+        missing = ~self.resident if wanted is None else ~self.resident & wanted.ravel()
+        order = np.flatnonzero(missing)
+        order = order[np.argsort(-score[order], kind="stable")][: self.most]
+        now = min(self.free, len(order))
+        self._queue, self.left = order[:now].tolist(), now * self.copy_seconds
+        self.free -= now
+        self.started += now
+        self.unused[self._queue] = True
+        held = np.flatnonzero(self.resident)
+        victims = held[np.argsort(score[held], kind="stable")]
+        for newcomer, victim in zip(order[now + self.free :], victims, strict=False):
+            if score[newcomer] <= score[victim] + policy.margin:
+                break
+            self.wasted += int(self.unused[victim])
+            self._leaving.append(int(victim))
+
+    def under_way(self) -> NDArray[np.intp]:
+        return np.array(self._queue + self._arrived, dtype=np.intp)
+
+    def run(self, seconds: float) -> None:
+        self.left = max(self.left - seconds, 0.0)
+        waiting = math.ceil(self.left / self.copy_seconds - 1e-9) if self.left else 0
+        ended = len(self._queue) - min(waiting, len(self._queue))
+        self._arrived += self._queue[:ended]
+        del self._queue[:ended]
+
+    def link_seconds(self, streamed: ArrayLike) -> NDArray[np.float64]:
+        alone = self.cost.stream(streamed)
+        slower, rest = self._sharing()
+        ends = self.left / rest  # of the copies, if they have only that part of the link
+        shared = alone * slower
+        after = np.maximum(1 - ends / np.maximum(shared, 1e-30), 0.0)
+        return np.where(shared <= ends, shared, ends + after * alone)
+
+    def stream(self, streamed: int) -> float:
+        took, (_, rest) = float(self.link_seconds(streamed)), self._sharing()
+        beside = min(took, self.left / rest)
+        self.run(beside * rest)
+        return took
+
+    def _sharing(self) -> tuple[float, float]:
+        """Beside copies: how many times longer a stream takes, what part of the link is left."""
+        alone, link = float(self.cost.stream(1)), self.copy_seconds
+        shared = max(alone, 2 * link)
+        return shared / alone, 1 - link / shared
