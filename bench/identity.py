@@ -216,6 +216,7 @@ class _Bench:
 
 def chi_square(counts: Tensor, wanted: Tensor) -> float:
     """p-value of `counts` under expected counts `wanted`; classes below 5 are pooled."""
+    counts, wanted = counts.cpu(), wanted.cpu()
     large = wanted >= 5
     pooled = torch.stack([counts[~large].sum(), wanted[~large].sum()])
     observed = torch.cat([counts[large], pooled[:1]])
