@@ -217,6 +217,7 @@ class Spac(Policy):
     DECAY = 0.93  # per window, of the expected pairs
     CAP = 2.0  # pairs beyond this in one window say little about the next
     RECENCY = 0.25  # expected pairs count 1 / (1 + RECENCY * windows since the last use)
+    margin = 0.05  # or near equals would take turns
 
     def __init__(
         self,
@@ -228,7 +229,8 @@ class Spac(Policy):
     ) -> None:
         super().__init__(num_layers, num_experts, slots, rejected_weight)
         self.mode = mode
-        self.margin = 0.05 if mode == "calibrated" else 0.0  # or near equals would take turns
+        if mode == "reference":
+            self.margin = 0.0
         self.calibrator = estimator.Calibrator(num_layers, mode)
         self.tau = np.ones(num_layers, dtype=np.int32)
         self.quota = np.full(num_layers, slots / num_layers)
@@ -259,6 +261,12 @@ class Spac(Policy):
 
     def _finish(self) -> None:
         self.calibrator.update(self.utility, self.tau, self.quota)
+
+    def be_patient(self) -> None:
+        """Where a copy takes the link from missing experts that would cross it in this window, so
+        that it costs as much as a miss: look further back, change less (docs/method.md)."""
+        if self.mode == "calibrated":
+            self.DECAY, self.RECENCY, self.margin = 0.97, 0.0, 0.1
 
     def score(self) -> Floats:
         expected = self.expected
