@@ -13,17 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
-_UPCAST = tl.constexpr(INTERPRET)  # the interpreter's dot on bf16 is wrong
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a @ b with fp32 accumulation; fp32 operands are not rounded to tf32."""
-    if _UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+from spac.kernels.dequant import quantized_tile
+from spac.kernels.dot import dot
 
 
 @triton.jit
@@ -93,13 +84,22 @@ def matmul_tile(
     copy_ptr=None,
     copying=False,
     COPY: tl.constexpr = False,
+    scale_offset=0,
+    offs_row=0,
+    GROUP: tl.constexpr = 0,
 ):
     """fp32 [BLOCK_M, BLOCK_N] = a[rows] @ w.T over K; `offs_w` [BLOCK_N]: where w's rows begin.
 
-    With COPY and if `copying`, what is read of w is stored behind `copy_ptr` as well.
+    With COPY and if `copying`, what is read of w is stored behind `copy_ptr` as well. GROUP other
+    than 0: w is quantised, and `offs_row` are the numbers of its rows; see `quantized_tile`.
     """
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :]
+    if GROUP != 0:
+        return quantized_tile(
+            a_ptrs, mask_m, w_ptr, offs_w, mask_n, scale_offset, offs_row, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP, copy_ptr, copying, COPY,
+        )  # fmt: skip
     w_ptrs = w_ptr + offs_w[None, :] + offs_k[:, None] * stride_wk
     if COPY:
         copy_ptrs = copy_ptr + offs_w[None, :] + offs_k[:, None] * stride_wk
@@ -148,6 +148,8 @@ def gate_up_tile(
     bias_copy_ptr=None,
     copying=False,
     COPY: tl.constexpr = False,
+    scale_offset=0,
+    GROUP: tl.constexpr = 0,
 ):
     """gate and up, fp32 [BLOCK_M, BLOCK_N] each, of x[rows] for intermediate units n0...
 
@@ -156,12 +158,14 @@ def gate_up_tile(
     """
     column = tl.arange(0, 2 * BLOCK_N)
     if INTERLEAVED:
-        offs_w = (2 * n0 + column).to(tl.int64) * up_offset
+        row = 2 * n0 + column
+        offs_w = row.to(tl.int64) * up_offset
         mask_w = 2 * n0 + column < 2 * inter
     else:
         is_up = column >= BLOCK_N
         unit = n0 + tl.where(is_up, column - BLOCK_N, column)
         offs_w = unit.to(tl.int64) * gate_stride + tl.where(is_up, up_offset, 0)
+        row = tl.where(is_up, unit + inter, unit)
         mask_w = unit < inter
     both = matmul_tile(
         x_ptr,
@@ -180,6 +184,9 @@ def gate_up_tile(
         copy_ptr,
         copying,
         COPY,
+        scale_offset,
+        row,
+        GROUP,
     )
     if INTERLEAVED:
         gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))

@@ -18,6 +18,7 @@ from spac.kernels.common import (
     weight_pointer,
 )
 from spac.kernels.config import Tile
+from spac.kernels.dequant import quantized_args
 from spac.kernels.plan import Plan, plan_args, rows_in_tile, tile_copies_to, tile_rows
 
 SMALL_PART = 4
@@ -59,6 +60,8 @@ def _gate_up_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    scale_offset,
+    GROUP: tl.constexpr,
 ):
     e, rows, pairs, mask_m = tile_rows(
         order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
@@ -91,6 +94,8 @@ def _gate_up_rows(
         weight_pointer(copy_to + bias_at, x_ptr, 1),
         copy_to != 0,
         COPY,
+        scale_offset,
+        GROUP,
     )
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = mask_m[:, None] & (offs_n < inter)[None, :]
@@ -141,6 +146,8 @@ def _gate_up_grouped_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SMALL_M: tl.constexpr,
+    scale_offset=0,
+    GROUP: tl.constexpr = 0,
 ):
     """h[r] = act(gate_e x) * up_e x for the sorted rows r; SAVE keeps gate and up as well.
 
@@ -158,6 +165,7 @@ def _gate_up_grouped_kernel(
             tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
             bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
             ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, SMALL_M, BLOCK_N, BLOCK_K,
+            scale_offset, GROUP,
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _gate_up_rows(
@@ -165,6 +173,7 @@ def _gate_up_grouped_kernel(
             tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
             bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
             ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            scale_offset, GROUP,
         )  # fmt: skip
 
 
@@ -197,6 +206,8 @@ def _matmul_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    scale_offset,
+    GROUP: tl.constexpr,
 ):
     e, rows, pairs, mask_m = tile_rows(
         order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
@@ -224,6 +235,9 @@ def _matmul_rows(
         weight_pointer(copy_to + w_at, a_ptr, ALIGN),
         copy_to != 0,
         COPY,
+        scale_offset,
+        offs_n,
+        GROUP,
     )
     if BIAS:
         bias_ptr = weight_pointer(address + bias_at, a_ptr, 1)
@@ -268,6 +282,8 @@ def _rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SMALL_M: tl.constexpr,
+    scale_offset=0,
+    GROUP: tl.constexpr = 0,
 ):
     """out[pair(r)] = weight[pair(r)] * (a[r] @ w_e.T + bias_e), a [P, depth], w_e [N, depth].
 
@@ -285,6 +301,7 @@ def _rows_kernel(
             tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
             bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
             SMALL_M, BLOCK_N, BLOCK_K,
+            scale_offset, GROUP,
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _matmul_rows(
@@ -292,6 +309,7 @@ def _rows_kernel(
             tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
             bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K,
+            scale_offset, GROUP,
         )  # fmt: skip
 
 
@@ -321,6 +339,7 @@ def grouped_gate_up(
         **plan_args(plan),
         **copy_args(table),
         **gate_up_args(table),
+        **quantized_args(table, "gate_up"),
         **_with_rows(tile, plan),
     )
 
@@ -350,4 +369,5 @@ def grouped_down(
     h: Tensor, weights: Tensor, plan: Plan, table: Any, tile: Tile, out: Tensor
 ) -> None:
     """out[pair] = weights[pair] * (down_e h[row] + bias_e); out [P, H]."""
-    grouped_rows(h, weights, plan, down_args(table) | copy_args(table), tile, out)
+    rows = down_args(table) | copy_args(table) | quantized_args(table, "down")
+    grouped_rows(h, weights, plan, rows, tile, out)

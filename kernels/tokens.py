@@ -24,6 +24,7 @@ from spac.kernels.common import (
     weight_pointer,
 )
 from spac.kernels.config import FFNConfig
+from spac.kernels.dequant import quantized_args
 
 
 @triton.jit
@@ -102,6 +103,8 @@ def _gate_up_tokens_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    scale_offset=0,
+    GROUP: tl.constexpr = 0,
 ):
     """h[pair] = act(gate_e x_t) * up_e x_t. Grid (pairs or experts, blocks of I)."""
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
@@ -140,6 +143,8 @@ def _gate_up_tokens_kernel(
         weight_pointer(copy_to + bias_at, x_ptr, 1),
         copy_to != 0,
         COPY,
+        scale_offset,
+        GROUP,
     )
     h = activate(gate, up, alpha, limit, ACTIVATION)
     offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -205,6 +210,8 @@ def _down_tokens_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    scale_offset=0,
+    GROUP: tl.constexpr = 0,
 ):
     """y[t] = sum of weight * (down_e h[pair] + bias_e). Grid (pairs or experts, blocks of H)."""
     pid_n = tl.program_id(1)
@@ -236,6 +243,9 @@ def _down_tokens_kernel(
             weight_pointer(copy_to + w_at, h_ptr, ALIGN),
             copy_to != 0,
             COPY,
+            scale_offset,
+            offs_n,
+            GROUP,
         )
         if BIAS:
             bias_ptr = weight_pointer(address + bias_at, h_ptr, 1)
@@ -291,6 +301,7 @@ def expert_ffn_tokens(
         **common,
         **copy_args(table),
         **gate_up_args(table),
+        **quantized_args(table, "gate_up"),
         **gate_up.launch(),
     )
     _down_tokens_kernel[(programs, columns)](
@@ -304,5 +315,6 @@ def expert_ffn_tokens(
         **common,
         **copy_args(table),
         **down_args(table),
+        **quantized_args(table, "down"),
         **down.launch(),
     )

@@ -1,9 +1,13 @@
 """Quantised weights: their error, how they lie in a blob, and the C++ FFN that reads them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from spac import _C, reference  # noqa: F401  (_C loads the operators)
+from spac.kernels.config import FFNConfig, Tile
+from spac.kernels.expert_ffn import expert_ffn as gpu_expert_ffn
 from spac.layout import ExpertLayout, ExpertTable
 from spac.ops import expert_ffn_table
 from spac.quantize import dequantize, dequantize_rows, quantize, quantize_rows
@@ -118,6 +122,16 @@ class Case:
         random = torch.rand(T, E, generator=g).argsort(-1)[:, :k].to(torch.int32)
         self.ids = random if ids is None else ids
         self.weights = torch.rand(T, self.ids.shape[1], generator=g)
+
+    def to(self, device: str) -> None:
+        """Move everything; the addresses follow the blobs."""
+        self.memory, self.x, self.ids, self.weights = (
+            t.to(device) for t in (self.memory, self.x, self.ids, self.weights)
+        )
+        self.sections = {name: t.to(device) for name, t in self.sections.items()}
+        E, size = self.memory.shape
+        address = self.memory.data_ptr() + size * torch.arange(E, device=device)
+        self.table = ExpertTable.from_blobs(self.layout, address, self.memory)
 
     def run(self) -> torch.Tensor:
         return expert_ffn_table(self.x, self.ids, self.weights, self.table, backend="cpu")
@@ -237,3 +251,36 @@ def test_invalid_pairs_add_nothing(isa, form, group):
     case.check(case.run())
     case.ids.fill_(-1)
     assert torch.equal(case.run(), torch.zeros(12, 128))
+
+
+GPU_TILES = {
+    "tokens": FFNConfig("tokens", Tile(16, 16, 64, 4, 3), Tile(16, 32, 32, 4, 3)),
+    "grouped": FFNConfig("grouped", Tile(32, 16, 64, 4, 3), Tile(32, 32, 32, 4, 3)),
+}
+
+
+@each_form
+@pytest.mark.parametrize("path", GPU_TILES)
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)  # bf16: the interpreter truncates
+def test_gpu_kernels_read_the_same_bytes(path, form, group, dtype, device):
+    """Against fp64, beside plain torch; what is read is stored into slots on the way."""
+    interleaved = dtype == F32
+    options = {"bias": True, "activation": "relu"} if interleaved else {}
+    sizes = (4, 128, 128) if group == 128 else (4, 96, 64)
+    case = Case(*sizes, 5, 2, form, group, x_dtype=dtype, dtype=dtype,
+                interleaved=interleaved, **options)  # fmt: skip
+    case.to(device)
+    absent = case.ids.flatten()[0].item()
+    slots = torch.zeros_like(case.memory)
+    copy_to = slots.data_ptr() + case.layout.blob_bytes * torch.arange(4, device=device)
+    used = case.ids.unique().long()
+    table = replace(
+        case.table, copy_to=torch.where(torch.arange(4, device=device) == absent, 0, copy_to)
+    )
+    y = gpu_expert_ffn(case.x, case.ids, case.weights, table, F32, GPU_TILES[path])
+    case.check(y)
+    wanted, stored = blob_views(case.memory, case.layout), blob_views(slots, case.layout)
+    for e in used.tolist():
+        for name in wanted:
+            expected = torch.zeros_like(wanted[name][e]) if e == absent else wanted[name][e]
+            assert torch.equal(stored[name][e], expected), (name, e)
