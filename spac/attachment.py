@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import spac.hf  # noqa: F401  (registers the backend)
-from spac.budget import Budget, plan_budget
+from spac.budget import Budget, bytes_for_ratio, plan_budget
 from spac.config import SpacConfig, parse_bytes
 from spac.cores import set_ffn_threads
 from spac.cost import CostModel, measure
@@ -25,6 +25,7 @@ from spac.experts import (
     expert_parameters,
     find_experts,
     router_top_k,
+    stored_layout,
 )
 from spac.layout import ExpertLayout
 from spac.profile import Profile, find_profile, machine_name
@@ -92,6 +93,9 @@ def attach(
     device: where the slots are; default "cuda" if there is one. profile: what an earlier run
     learned (`spac.save_profile`) or a routing trace of this model, or the file of either; the
     experts that it used most fill the slots first. settings: see `spac.config.SpacConfig`.
+    With weights="int8" or "int4" the experts are quantised on the way into the host store
+    (`spac.quantize` states the error): answers change, scheduling still does not change them, and
+    `detach` gives the rounded weights back.
     Returns `model`, whose parameters no longer require gradients until `spac.detach(model)`.
     Raises ValueError (already attached, no experts, a budget too small, an unsupported layout by
     name, a profile of another model).
@@ -102,7 +106,8 @@ def attach(
     experts = find_experts(model)
     if not experts:
         raise ValueError(f"attach: {type(model).__name__} has no Mixture-of-Experts layers")
-    layouts = [expert_layout(module) for _, module in experts]
+    sources = [expert_layout(module) for _, module in experts]
+    layouts = [stored_layout(module, config) for _, module in experts]
     if len({layout.num_experts for layout in layouts}) > 1:
         raise UnsupportedLayout(f"{type(model).__name__}: layers with different numbers of experts")
     _check_devices(model)
@@ -110,11 +115,14 @@ def attach(
     known = None if profile is None else find_profile(profile, *shape)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     implementation = model.config._experts_implementation
-    if target.type == "cpu" and gpu_budget is None:
+    quantized = config.weights != "float"
+    if target.type == "cpu" and gpu_budget is None and not quantized:
         model.__dict__["_spac_attachment"] = Attachment(None, None, implementation)
         model.set_experts_implementation("spac")
         return model
     total = None if gpu_budget is None else parse_bytes(gpu_budget)
+    if target.type == "cpu" and total is None:
+        total = bytes_for_ratio(model, 0.0, config, draft)  # slots would be copies
     parameters = [expert_parameters(module) for _, module in experts]
     expert_ids = {id(p) for layer in parameters for p in layer.values()}
     budget = plan_budget(model, total, config, draft)
@@ -122,7 +130,7 @@ def attach(
     named = dict(model.named_parameters())
     state.devices = {n: t.device for n, t in (*named.items(), *model.named_buffers())}
     state.requires_grad = {n: p.requires_grad for n, p in named.items()}
-    store = HostStore(layouts, pin=target.type == "cuda")
+    store = HostStore(layouts, target.type == "cuda", sources)
     try:
         experts_bytes = sum(p.nbytes for layer in parameters for p in layer.values())
         for layer in progress(parameters, "host store", show=experts_bytes > _SHOW_FROM):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spac.config import SpacConfig, format_bytes
-from spac.experts import expert_layout, expert_parameters, find_experts, router_top_k
+from spac.experts import expert_parameters, find_experts, router_top_k, stored_layout
 from spac.prefill import PREFILL_CHUNK, area_experts
 
 
@@ -60,7 +60,7 @@ def plan_budget(
     Raises BudgetTooSmall, naming what is needed and by what.
     """
     experts = [module for _, module in find_experts(model)]
-    layouts = [expert_layout(module) for module in experts]
+    layouts = [stored_layout(module, settings) for module in experts]
     top_k = router_top_k(model)
     expert_ids = {id(p) for module in experts for p in expert_parameters(module).values()}
     config = model.config.get_text_config()

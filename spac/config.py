@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from spac.layout import FORMS, GROUPS
+
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
 POLICIES = ("spac", "spac-reference", "lru", "lfu", "lfru", "hybri", "static")
@@ -53,6 +55,10 @@ class SpacConfig:
     # Beside the CPU, the GPU reads some of a window's missing experts from host memory itself, so
     # that both end together. None: on a GPU; True: on a CPU too; False: the CPU computes them all.
     stream_missing: bool | None = None
+    # Of experts in the host store and in slots: "float" as in the checkpoint; "int8" or "int4" are
+    # quantised by attach (spac.quantize), which changes answers.
+    weights: str = "float"
+    int4_group: int = 32  # weights that share a scale: 32 or 128
     # Of the CPU's FFN, for the whole process. None: beside a GPU every core but one, without one
     # torch's number, which OMP_NUM_THREADS sets.
     cpu_threads: int | None = None
@@ -60,6 +66,10 @@ class SpacConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy: expected one of {POLICIES}, got {self.policy!r}")
+        if self.weights not in FORMS:
+            raise ValueError(f"weights: expected one of {FORMS}, got {self.weights!r}")
+        if self.int4_group not in GROUPS:
+            raise ValueError(f"int4_group: expected one of {GROUPS}, got {self.int4_group}")
         if not 0 <= self.rejected_weight <= 1:
             raise ValueError(f"rejected_weight: expected 0..1, got {self.rejected_weight}")
         for name in ("max_length", "max_window", "max_utility", "rebalance_every"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spac import reference
+from spac.config import SpacConfig
 from spac.layout import ACTIVATIONS, DTYPES, ExpertLayout
 
 Experts = Any  # an experts module of transformers, whose attributes no class declares
@@ -74,6 +75,14 @@ def expert_layout(module: Experts) -> ExpertLayout:
     )
     module.__dict__["_spac_layout"] = layout
     return layout
+
+
+def stored_layout(module: Experts, config: SpacConfig) -> ExpertLayout:
+    """How an attached model stores the experts of a module; ValueError if it cannot be so."""
+    layout = expert_layout(module)
+    if config.weights == "float":
+        return layout
+    return layout.quantized(config.weights, config.int4_group if config.weights == "int4" else 0)
 
 
 def _recognise_gate(module: Experts) -> tuple[str, float, float]:

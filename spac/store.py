@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spac.experts import stored_view
 from spac.layout import ExpertLayout, ExpertTable
+from spac.quantize import dequantize, quantize
 
 _PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 _HUGE_PAGE = 2 << 20  # bytes
@@ -55,11 +56,15 @@ class HostStore:
     """Blobs of all layers, page-locked when `pin` (so that copies and kernels can reach them).
 
     A layer's parameters are moved in by `adopt`, which then points them at the blobs: the model
-    keeps working and there is no second copy. `restore` undoes it.
+    keeps working and there is no second copy. `restore` undoes it. Of quantised layouts, parameters
+    cannot point at the blobs: they are NaN meanwhile, without memory, and come back rounded.
     """
 
-    def __init__(self, layouts: list[ExpertLayout], pin: bool) -> None:
-        self.layouts = layouts
+    def __init__(
+        self, layouts: list[ExpertLayout], pin: bool, sources: list[ExpertLayout] | None = None
+    ) -> None:
+        """sources: the layouts of the parameters, where they differ from those of the blobs."""
+        self.layouts, self.sources = layouts, sources or layouts
         self.blobs: list[Tensor] = []
         self._pin = pin
         self._pinned: list[Tensor] = []
@@ -79,17 +84,47 @@ class HostStore:
 
     def adopt(self, parameters: dict[str, nn.Parameter]) -> None:
         """Move the next layer's weights in; `parameters` as from `expert_parameters`."""
-        layout = self.layouts[len(self.blobs)]
+        layer = len(self.blobs)
+        layout = self.layouts[layer]
         self.allocate()
-        for name, view in self.views(len(self.blobs) - 1).items():
+        if layout.form != "float":
+            return self._adopt_quantized(layer, parameters)
+        for name, view in self.views(layer).items():
             parameter = parameters[name]
             view.copy_(stored_view(parameter.data, name, layout))
             parameter.data = stored_view(view, name, layout)
+
+    def _adopt_quantized(self, layer: int, parameters: dict[str, nn.Parameter]) -> None:
+        layout, source = self.layouts[layer], self.sources[layer]
+        views = self.views(layer)
+        rows = {name: stored_view(p.data, name, source) for name, p in parameters.items()}
+        try:
+            for e in range(layout.num_experts):
+                one = quantize({name: t[e] for name, t in rows.items()}, layout)
+                for name, section in one.items():
+                    views[name][e].copy_(section)
+        except BaseException:
+            self.blobs.pop()  # its parameters still have their weights
+            raise
+        for parameter in parameters.values():
+            nan = torch.full((1,) * parameter.dim(), torch.nan, dtype=parameter.dtype)
+            parameter.data = nan.expand(parameter.shape)
 
     def restore(
         self, layer: int, parameters: dict[str, nn.Parameter], device: torch.device
     ) -> None:
         """Give a layer's parameters memory of their own again, on `device`."""
+        layout, source = self.layouts[layer], self.sources[layer]
+        if layout.form != "float":
+            for parameter in parameters.values():
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            rows = {name: stored_view(p.data, name, source) for name, p in parameters.items()}
+            views = self.views(layer)
+            for e in range(layout.num_experts):
+                one = dequantize({name: view[e] for name, view in views.items()}, layout)
+                for name, weights in one.items():
+                    rows[name][e].copy_(weights)
+            return
         for parameter in parameters.values():
             parameter.data = parameter.data.to(device).clone(memory_format=torch.contiguous_format)
 
