@@ -1,4 +1,4 @@
-"""Models attached with quantised experts: another answer than the checkpoint's, the same anywhere."""
+"""Models attached with quantised experts: not the checkpoint's answers, but the same anywhere."""
 
 import pytest
 import torch
