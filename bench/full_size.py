@@ -36,11 +36,11 @@ from spac.bench.synthetic import (
     SHAPES,
     DenseDraft,
     Draft,
-    NoDraftCost,
     ReplayedRouting,
     Synthetic,
     build,
     cut,
+    make_draft,
     split,
     tiled,
 )
@@ -49,6 +49,7 @@ from spac.config import POLICIES, SpacConfig, format_bytes, parse_bytes
 from spac.cores import set_ffn_threads
 from spac.cost import CostModel, measure
 from spac.experts import find_experts
+from spac.layout import FORMS
 from spac.progress import progress
 from spac.replay import Window, window_counts
 from spac.target import EagerTarget, StaticTarget, Target
@@ -70,7 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shape", choices=SHAPES, help="model of random weights, not --model")
     group.add_argument("--trace", metavar="FILE", help="npz routing trace (spac.trace)")
     group.add_argument("--layers", type=int, help="default: those of the trace")
-    group.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    group.add_argument(
+        "--weights", choices=FORMS, default="float", help="of the experts; float: bf16"
+    )
+    group.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS[:-1]))
     group.add_argument("--budget", metavar="SIZE", help="GPU bytes in all, not --cache-ratio")
     group.add_argument("--acceptance", type=float, default=0.7, help="chance of a drafted token")
     group.add_argument("--tokens", type=int, default=96, help="of the text that is timed")
@@ -128,7 +132,7 @@ def run(args: argparse.Namespace) -> Table:
     trace = load_trace(args.trace)
     threads = set_ffn_threads(args.cpu_threads, device.type == "cuda")
     try:
-        made = build(args.shape, trace, args.layers, device)
+        made = build(args.shape, trace, args.layers, device, args.weights)
         layers = len(made.store.layouts)
         quarter = trace.shape[0] // 4
         needed = quarter + args.warmup + args.tokens + 8 * (max(gammas) + 1)
@@ -147,7 +151,7 @@ def run(args: argparse.Namespace) -> Table:
             routing,
             windows,
             routing.window(begun.expert_ids[rows]),
-            _draft(args.draft, made, length),
+            make_draft(args.draft, made, length),
             args.warmup,
             length,
             threads,
@@ -340,9 +344,9 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         draft = f"is a dense {args.draft} of random weights, {job.draft.how}"
     return [
         "shapes, bytes, routing locality and timing are real; weights are random, so text is not",
-        f"{len(made.store.layouts)} layers, {layout.num_experts} experts, top-{trace.shape[2]} as "
-        f"recorded, {format_bytes(made.store.nbytes)} of experts, {format_bytes(dense)} dense; made"
-        f" in {made.seconds:.1f} s",
+        f"{len(made.store.layouts)} layers, {layout.num_experts} experts ({args.weights}), top-"
+        f"{trace.shape[2]} as recorded, {format_bytes(made.store.nbytes)} of experts, "
+        f"{format_bytes(dense)} dense; made in {made.seconds:.1f} s",
         f"routing of {trace.model or args.trace}, ids moved on by {args.shift} when it repeats; "
         f"each drafted token accepted with chance {args.acceptance}; the draft {draft}",
         f"{args.tokens} tokens timed after {args.warmup}; prompt of {args.prompt_tokens}, "
@@ -363,6 +367,8 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
 def _check(args: argparse.Namespace) -> list[int]:
     if args.trace is None:
         raise ValueError("--shape: needs --trace FILE, the routing to replay")
+    if args.weights != "float" and "grouped-mm" in args.providers:
+        raise ValueError(f"--providers: grouped-mm has no {args.weights} experts")
     if args.draft not in (None, "none", *DRAFTS):
         raise ValueError(f"--draft: expected {', '.join(DRAFTS)} or none, got {args.draft}")
     texts = args.num_draft_tokens or ["0", "8"]
@@ -389,9 +395,3 @@ def _slots(args: argparse.Namespace, made: Synthetic, everything: int, length: i
 def _dense_bytes(made: Synthetic) -> int:
     experts = {id(p) for _, module in find_experts(made.model) for p in module.parameters()}
     return parameter_bytes(made.model, experts)
-
-
-def _draft(name: str | None, made: Synthetic, length: int) -> Draft:
-    if name in (None, "none"):
-        return NoDraftCost()
-    return DenseDraft(str(name), made.model.config.vocab_size, made.device, length)

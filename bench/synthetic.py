@@ -26,8 +26,9 @@ from spac.config import format_bytes
 from spac.experts import expert_layout, find_experts
 from spac.layout import ExpertLayout
 from spac.progress import progress
+from spac.quantize import quantize
 from spac.replay import Window, WindowSource
-from spac.store import HostStore
+from spac.store import HostStore, blob_views
 from spac.target import StaticTarget
 from spac.trace import Trace
 
@@ -69,11 +70,13 @@ class Synthetic:
     seconds: float  # of making it
 
 
-def build(shape: str, trace: Trace, layers: int | None, device: torch.device) -> Synthetic:
+def build(
+    shape: str, trace: Trace, layers: int | None, device: torch.device, form: str = "float"
+) -> Synthetic:
     """Random weights in bf16, made on `device`; experts go straight into the host store.
 
-    `layers` decoder layers (default: as many as the trace has). Raises ValueError if the experts
-    do not fit the free host memory.
+    `layers` decoder layers (default: as many as the trace has); `form` of the experts' weights as
+    `spac.quantize` has them. Raises ValueError if the experts do not fit the free host memory.
     """
     start = time.perf_counter()
     config = Qwen3MoeConfig(
@@ -88,6 +91,8 @@ def build(shape: str, trace: Trace, layers: int | None, device: torch.device) ->
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     experts = [module for _, module in find_experts(model)]
     layouts = [expert_layout(module) for module in experts]
+    if form != "float":
+        layouts = [layout.quantized(form) for layout in layouts]
     _check_memory(sum(layout.num_experts * layout.blob_bytes for layout in layouts))
     skip = {id(p) for module in experts for p in module.parameters()}
     _materialise(model, device, skip)
@@ -100,12 +105,25 @@ def build(shape: str, trace: Trace, layers: int | None, device: torch.device) ->
 
 
 def _fill(blobs: Tensor, layout: ExpertLayout, device: torch.device) -> None:
+    if layout.form != "float":
+        return _fill_quantized(blobs, layout, device)
     flat = blobs.view(layout.dtype)
     weights = torch.empty(flat.shape[1], dtype=layout.dtype, device=device)
     for blob in flat:  # one expert at a time: the Python heap holds none of it
         blob.copy_(weights.normal_(0, _STD), non_blocking=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _fill_quantized(blobs: Tensor, layout: ExpertLayout, device: torch.device) -> None:
+    """Eight different experts, again and again."""
+    H, inter = layout.hidden, layout.intermediate
+    views = blob_views(blobs, layout)
+    for first in range(min(8, layout.num_experts)):
+        gate_up = torch.randn(2 * inter, H, device=device) * _STD
+        down = torch.randn(H, inter, device=device) * _STD
+        for name, section in quantize({"gate_up": gate_up, "down": down}, layout).items():
+            views[name][first::8] = section.cpu()
 
 
 def _materialise(model: PreTrainedModel, device: torch.device, skip: set[int]) -> None:
@@ -180,6 +198,13 @@ class DenseDraft:
         for _ in range(gamma):
             self.token.copy_(self.target.verify(self.token).argmax(-1))
         self.target.finish(gamma)
+
+
+def make_draft(name: str | None, made: Synthetic, length: int) -> Draft:
+    """The dense draft called `name`; None or "none": one that costs nothing."""
+    if name in (None, "none"):
+        return NoDraftCost()
+    return DenseDraft(str(name), made.model.config.vocab_size, made.device, length)
 
 
 class ReplayedRouting:

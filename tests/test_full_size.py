@@ -10,6 +10,7 @@ from spac.bench.providers import AllOnCpu, AllResident, EngineProvider, OnDemand
 from spac.bench.synthetic import ReplayedRouting, build, cut, tiled
 from spac.config import SpacConfig
 from spac.cost import CostModel
+from spac.quantize import dequantize
 from spac.trace import Trace, save_trace
 
 LAYERS, EXPERTS, TOP_K = 2, 12, 3
@@ -41,8 +42,9 @@ def providers(store, device):
     }
 
 
-def test_every_provider_computes_the_same(trace, device):
-    made = build("small", trace, LAYERS, torch.device(device))
+@pytest.mark.parametrize("form", ["float", "int8", "int4"])
+def test_every_provider_computes_the_same(trace, form, device):
+    made = build("small", trace, LAYERS, torch.device(device), form)
     layout = made.store.layouts[0]
     running = providers(made.store, made.device)
     try:
@@ -51,7 +53,10 @@ def test_every_provider_computes_the_same(trace, device):
             x = torch.randn(tokens, layout.hidden).to(torch.bfloat16).to(device)
             ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
             weights = torch.rand(tokens, TOP_K)
-            views = {n: v.double() for n, v in made.store.views(layer).items()}
+            views = made.store.views(layer)
+            if form != "float":
+                views = dequantize(views, layout)
+            views = {n: v.double() for n, v in views.items()}
             expected = reference.expert_ffn(
                 x.cpu().double(), ids, weights, views["gate_up"], views["down"], layout
             )
