@@ -81,35 +81,36 @@ __attribute__((noinline)) void int4_tile(const uint8_t* w, int64_t w_stride, con
                                          int64_t scale_stride, int64_t k, const Int4Block<P>* x,
                                          const uint8_t* ahead, float* out, int64_t out_stride) {
   V acc[N][R] = {};
-  const auto block = [&](int r, const uint8_t* from, const f16* row_scale, int64_t b) {
+  const auto block = [&](int r, const uint8_t* from, const f16* row_scale, int64_t b,
+                         const Int4Block<P>* xb) {
     const B bytes = load_bytes(from), lows = low(bytes), highs = high(bytes);
     const V s = scales<G>(row_scale, b);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const Int4Block<P>& xn = x[n];
+      const Int4Block<P>& xn = xb[n];
       VI minus;
       std::memcpy(&minus, xn.minus, sizeof(minus));
       const VI sum = lane_sums<P>(lows, highs, xn.limbs[0][0]) + minus;
       acc[n][r] = fma(__builtin_convertvector(sum, V), s * load(xn.scale), acc[n][r]);
     }
   };
-  const int64_t whole = k / INT4_STEP;
-  for (int64_t b = 0; b < whole; ++b, x += N) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      if (ahead) __builtin_prefetch(ahead + r * w_stride + b * 4 * VL, 0, 3);
-      block(r, w + r * w_stride + b * 4 * VL, scale + r * scale_stride, b);
+  // Row after row: four of them share a page, where memory is fetched ahead only in order.
+  const int64_t whole = k / INT4_STEP, rest = k - whole * INT4_STEP;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const uint8_t* const row = w + r * w_stride;
+    const f16* const row_scale = scale + r * scale_stride;
+    const char* const fetch = reinterpret_cast<const char*>(ahead ? ahead + r * w_stride : row);
+    for (int64_t b = 0; b < whole; ++b) {
+      __builtin_prefetch(fetch + b * 4 * VL, 0, 3);
+      block(r, row + b * 4 * VL, row_scale, b, x + b * N);
     }
-  }
-  if (const int64_t rest = k - whole * INT4_STEP; rest > 0) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    if (rest > 0) {
       uint8_t bytes[4 * VL] = {};
-      f16 row_scale[4] = {};
-      std::memcpy(bytes, w + r * w_stride + whole * 4 * VL, rest / 2);
-      std::memcpy(row_scale, scale + r * scale_stride + whole * INT4_STEP / G,
-                  rest / G * sizeof(f16));
-      block(r, bytes, row_scale, 0);
+      f16 rest_scale[4] = {};
+      std::memcpy(bytes, row + whole * 4 * VL, rest / 2);
+      std::memcpy(rest_scale, row_scale + whole * INT4_STEP / G, rest / G * sizeof(f16));
+      block(r, bytes, rest_scale, 0, x + whole * N);
     }
   }
   write_sums<R, N>(acc, out, out_stride);
