@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,13 +21,15 @@ from spac.bench.report import Table
 from spac.layout import ExpertLayout, ExpertTable
 from spac.ops import expert_ffn_table
 from spac.progress import progress
-from spac.store import host_memory
+from spac.quantize import quantize
+from spac.store import blob_views, host_memory
 
 NAME = "cpu"
 HELP = "expert FFN on the CPU: GB/s of distinct weights and GFLOP/s, against torch"
 COLUMNS = ["case", "tokens", "dtype", "provider", "ms", "GB/s", "of read"]
 COLUMNS += ["GFLOP/s", "of peak"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+QUANTIZED = {"int8": ("int8", 0), "int4": ("int4", 32), "int4-128": ("int4", 128)}  # form, group
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROTATION = 4  # routings (or sets of experts), so that no weights stay in the caches
 READ_BYTES = 256 << 20
@@ -41,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=[2048, 768],
                         metavar=("HIDDEN", "INTERMEDIATE"))  # fmt: skip
     parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES)
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=[*DTYPES, *QUANTIZED],
+                        help="of the weights; bf16 tokens where they are quantised")  # fmt: skip
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32],
                         help="random routing")  # fmt: skip
     parser.add_argument("--per-expert", nargs="*", type=int, default=[4, 8, 16, 32, 64],
@@ -123,14 +126,54 @@ class Weights:
         return reference.expert_ffn(x.float(), local, weights, gate_up, down, layout)
 
 
-def providers(weights: Weights, isas: list[str], notes: list[str]) -> dict[str, Call]:
+@dataclass
+class QuantizedWeights:
+    """The same quantised expert many times over, where it lies in the host store."""
+
+    layout: ExpertLayout
+    blobs: Tensor  # uint8 [E, blob_bytes]
+
+    @staticmethod
+    def random(layout: ExpertLayout) -> QuantizedWeights:
+        E, H, inter = layout.num_experts, layout.hidden, layout.intermediate
+        blobs = host_memory(E * layout.blob_bytes).view(E, layout.blob_bytes)
+        one = {
+            "gate_up": torch.randn(2 * inter, H) / H**0.5,
+            "down": torch.randn(H, inter) / inter**0.5,
+        }
+        for name, section in quantize(one, layout).items():
+            blob_views(blobs, layout)[name].copy_(section)
+        return QuantizedWeights(layout, blobs)
+
+    def spac(self, isa: str) -> Call:
+        first, size = self.blobs.data_ptr(), self.layout.blob_bytes
+        address = first + size * torch.arange(self.layout.num_experts)
+        table = ExpertTable.from_blobs(self.layout, address, self.blobs)
+
+        def call(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            torch.ops.spac.set_cpu_isa(isa)
+            return expert_ffn_table(x, ids, weights, table, backend="cpu")
+
+        return call
+
+    def reference(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        used, local = ids.unique(return_inverse=True)
+        sections = {n: v[used] for n, v in blob_views(self.blobs, self.layout).items()}
+        layout = replace(self.layout, num_experts=len(used))
+        return reference.expert_ffn_quantized(x.float(), local, weights, sections, layout)
+
+
+def providers(
+    weights: Weights | QuantizedWeights, isas: list[str], notes: list[str]
+) -> dict[str, Call]:
     """Calls by name, each checked against the reference; the others are named in `notes`."""
     calls: dict[str, Call] = {f"spac {isa}": weights.spac(isa) for isa in isas}
-    calls["torch eager"] = weights.eager
-    try:
-        calls["transformers grouped_mm"] = weights.grouped_mm()
-    except ImportError as error:
-        notes.append(f"transformers grouped_mm: not available here: {error}")
+    if isinstance(weights, Weights):
+        calls["torch eager"] = weights.eager
+        try:
+            calls["transformers grouped_mm"] = weights.grouped_mm()
+        except ImportError as error:
+            notes.append(f"transformers grouped_mm: not available here: {error}")
     E, H = weights.layout.num_experts, weights.layout.hidden
     x = torch.randn(3, H, dtype=weights.layout.dtype)
     ids = torch.stack([torch.randperm(E)[: min(4, E)] for _ in range(3)])
@@ -219,11 +262,17 @@ def _run(args: argparse.Namespace, threads: int) -> Table:
 
     cases = [("random", t) for t in args.tokens] + [("per expert", t) for t in args.per_expert]
     for dtype in args.dtype:
-        weights = Weights.random(ExpertLayout(args.experts, H, inter, DTYPES[dtype]))
+        tokens_dtype = DTYPES.get(dtype, torch.bfloat16)
+        layout = ExpertLayout(args.experts, H, inter, tokens_dtype)
+        weights: Weights | QuantizedWeights
+        if dtype in QUANTIZED:
+            weights = QuantizedWeights.random(layout.quantized(*QUANTIZED[dtype]))
+        else:
+            weights = Weights.random(layout)
         calls = providers(weights, isas, notes)
         for case, tokens in progress(cases, f"cpu {dtype}"):
             routings = inputs(args, case, tokens)
-            x = torch.randn(tokens, H, dtype=DTYPES[dtype])
+            x = torch.randn(tokens, H, dtype=tokens_dtype)
             contenders: dict[str, Iterator[Callable[[], object]]] = {
                 name: itertools.cycle([partial(call, x, ids, w) for ids, w in routings])
                 for name, call in calls.items()
@@ -240,7 +289,7 @@ def _run(args: argparse.Namespace, threads: int) -> Table:
                     torch.ops.spac.cpu_multiply_add(PEAK_STEPS) / seconds[f"peak {isa}"] * scale
                 )
             distinct = statistics.mean(ids.unique().numel() for ids, _ in routings)
-            size = distinct * 3 * H * inter * DTYPES[dtype].itemsize
+            size = distinct * weights.layout.blob_bytes
             work = tokens * args.top_k * 6 * H * inter
             for name in calls:
                 s = seconds[name] / scale
