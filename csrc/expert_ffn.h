@@ -133,11 +133,15 @@ SPAC_DECLARE_ISA(portable)
 SPAC_DECLARE_ISA(avx2)
 SPAC_DECLARE_ISA(avx512)
 SPAC_DECLARE_ISA(amx)
+SPAC_DECLARE_ISA(vnni)  // not chosen by name: int4 under avx512 and amx, where there is VNNI
 #endif
 #undef SPAC_DECLARE_ISA
 
 inline const ExpertKernels& expert_kernels(Isa isa, DType weights, DType x) {
 #ifdef SPAC_X86
+  const bool int4 = weights == DType::i4_32 || weights == DType::i4_128;
+  if (int4 && isa >= Isa::avx512 && __builtin_cpu_supports("avx512vnni"))
+    return vnni::expert_kernels(weights, x);
   if (isa == Isa::amx) return amx::expert_kernels(weights, x);
   if (isa == Isa::avx512) return avx512::expert_kernels(weights, x);
   if (isa == Isa::avx2) return avx2::expert_kernels(weights, x);

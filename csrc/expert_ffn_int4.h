@@ -204,12 +204,22 @@ inline constexpr ExpertKernels int4_kernels = {
     INT4_TOKENS, INT4_TOKENS, 16, INT4_TOKENS, INT4_STEP, int4_pack<P>, int4_gate_up<P, G>, int4_down<P, G>,
     scratch};
 
-const ExpertKernels& expert_kernels(DType weights, DType x) {
+inline const ExpertKernels& int4_kernels_for(DType weights, DType x) {
   const bool wide = x == DType::f32;
   if (weights == DType::i4_32) return wide ? int4_kernels<3, 32> : int4_kernels<2, 32>;
-  if (weights == DType::i4_128) return wide ? int4_kernels<3, 128> : int4_kernels<2, 128>;
+  return wide ? int4_kernels<3, 128> : int4_kernels<2, 128>;
+}
+
+#ifdef SPAC_VNNI
+const ExpertKernels& expert_kernels(DType weights, DType x) {
+  return int4_kernels_for(weights, x);
+}
+#else
+const ExpertKernels& expert_kernels(DType weights, DType x) {
+  if (weights == DType::i4_32 || weights == DType::i4_128) return int4_kernels_for(weights, x);
   if (weights == DType::i8) return kernels<i8>;
   if (weights == DType::bf16) return kernels<bf16>;
   if (weights == DType::f16) return kernels<f16>;
   return kernels<float>;
 }
+#endif

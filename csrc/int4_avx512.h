@@ -21,6 +21,19 @@ inline V scales(const f16* p, int64_t b) {
   }
   return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(p[b].bits)));
 }
+#ifdef SPAC_VNNI
+template <int P>
+inline VI lane_sums(B low, B high, const int8_t* x) {
+  B sum = _mm512_setzero_si512();
+#pragma GCC unroll 3
+  for (int i = 0; i < P; ++i) {
+    if (i) sum = _mm512_slli_epi32(sum, 8);
+    sum = _mm512_dpbusd_epi32(sum, low, load_bytes(x + 2 * i * sizeof(B)));
+    sum = _mm512_dpbusd_epi32(sum, high, load_bytes(x + (2 * i + 1) * sizeof(B)));
+  }
+  return (VI)sum;
+}
+#else
 // Sums of two products are at most 15 * 128 * 2, of four twice that: they fit 16 bits.
 template <int P>
 inline VI lane_sums(B low, B high, const int8_t* x) {
@@ -35,3 +48,4 @@ inline VI lane_sums(B low, B high, const int8_t* x) {
         sum, _mm512_slli_epi32(_mm512_madd_epi16(limb(0), _mm512_set1_epi16(1)), 16));
   return (VI)sum;
 }
+#endif
