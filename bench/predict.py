@@ -62,10 +62,10 @@ def _row(args: argparse.Namespace, trace: Trace, measured: dict[str, Any]) -> li
     quarter = trace.shape[0] // 4 if args.prompt_tokens else 0
     text = tiled(trace, quarter + args.warmup + args.tokens + 8 * (gamma + 1), args.shift)
     slots = round(share * layers * trace.num_experts)
-    policy = make_policy("spac", layers, trace.num_experts, slots)
+    policy, rate = make_policy("spac", layers, trace.num_experts, slots), None
     if quarter:
         prompt, text = split(text, quarter)
-        policy.warm_start(Profile.of_trace(prompt).rate * (gamma + 1))
+        rate = Profile.of_trace(prompt).rate * (gamma + 1)
     windows = cut(text, args.warmup + args.tokens, gamma, args.acceptance, args.seed)
     result = replay(
         windows,
@@ -74,6 +74,7 @@ def _row(args: argparse.Namespace, trace: Trace, measured: dict[str, Any]) -> li
         slots,
         streaming=True,
         max_copies=SpacConfig.max_copies,
+        prompt=rate,
         draft_token=1e-3 * measured["draft ms"] / max(gamma, 1),
         warmup=args.warmup / text.shape[0],
     )

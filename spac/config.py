@@ -45,7 +45,8 @@ class SpacConfig:
     max_utility: int = 5  # K of the paper
     rejected_weight: float = 1.0  # what a rejected token's pairs count; 1 = the paper
     rebalance_every: int = 16  # windows between two integer programmes
-    max_copies: int = 64  # experts that may be fetched in one window, at most
+    # Experts that may be fetched in one window, at most; after a prompt as many as it asks for.
+    max_copies: int = 64
     # Windows over a static KV cache, one CUDA graph each (spac.target). None: on a GPU; True: on a
     # CPU too, the same path without graphs; False: transformers' eager forward.
     static_windows: bool | None = None

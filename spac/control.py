@@ -38,9 +38,7 @@ class Control:
         num_experts: int,
         top_k: int,
         slots: int,
-        streams: bool = False,
     ) -> None:
-        """streams: missing experts cross the link within the window, beside the copies."""
         self.config = config
         self.top_k = top_k
         self.costs = costs
@@ -50,8 +48,6 @@ class Control:
         self.estimator = (
             self.policy if isinstance(self.policy, Spac) else Spac(num_layers, num_experts, slots)
         )
-        if streams:
-            self.estimator.be_patient()
         self.bounds = self.estimator.calibrator.bounds.copy()  # replaced, never changed in place
         self.plan: Plan | None = None
         self.prior: Profile | None = None  # what it began with

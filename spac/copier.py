@@ -39,6 +39,7 @@ class CopyThread(threading.Thread):
         # Pairs of each expert before it could have met one in its slot; -1: not copied by a round.
         self._pairs = np.full(pool.held.shape, -1, dtype=np.int64)
         self._fresh: list[tuple[int, int]] = []  # copied in the last round
+        self._unlimited = 0  # rounds that may exchange every slot: after a prompt
         self._inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
         self._stream: torch.cuda.Stream | None = None
         if pool.memory.is_cuda:
@@ -96,7 +97,12 @@ class CopyThread(threading.Thread):
         self.control.observe(snapshot, pool.held)
         scores = self.control.scores()
         missing = ~pool.held & self.control.wanted()
-        wanted = _sorted(scores, missing, descending=True)[: self.max_copies]
+        most = self.max_copies
+        if snapshot.prompt is not None and most:
+            self._unlimited = 2  # one that evicts, one that fills the slots
+        if self._unlimited:
+            most, self._unlimited = pool.num_slots, self._unlimited - 1
+        wanted = _sorted(scores, missing, descending=True)[:most]
         copied = 0
         for layer, expert in wanted:
             slot = pool.take()

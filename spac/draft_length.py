@@ -7,9 +7,9 @@ the most expected tokens per second,
     rate(gamma) = expected_tokens(a, gamma) / (step(gamma) + draft(gamma)),
 
 0 included: without drafting nothing is risked. Seconds are medians of what was measured at that
-gamma, times a drift that all lengths share (a cache that warms up speeds every window); in between,
-and beyond, a non-decreasing line through the measured neighbours (or the cost model's curve, if one
-is given, scaled to the measurements). Deterministic.
+gamma, times a drift that all lengths share (a cache that warms up speeds every window), drawn
+towards a non-decreasing line through all lengths (or the cost model's curve, if one is given) as if
+that were three measurements more. Deterministic.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ def expected_tokens(acceptance: float, gamma: int) -> float:
 class DraftLengthController:
     """Chooses gamma in 0..max_gamma; tell it what every step did with `observe`.
 
-    predict(gamma) -> seconds of a verify step, from a cost model, replaces straight lines between
-    measurements. Every `interval` steps one other gamma is measured twice: the one whose figure is
-    oldest among those that could still win. The share of steps spent so is at most 2 / interval,
-    and the pause doubles (up to 4 intervals) while looking changes nothing.
+    predict(gamma) -> seconds of a verify step, from a cost model, replaces the straight line. Now
+    and then another gamma is measured twice: the one whose figure is oldest among those that could
+    still win. Such a look waits until it is expected to cost at most 1 % of the time since the last
+    one, and at least `interval` steps.
     """
+
+    LOOKING = 0.01  # share of the time that looks may cost
+    PRIOR = 3.0  # measurements that the line through all lengths counts
+    CHANGE = 1.03  # what another length must promise, or noise would change the window all the time
 
     def __init__(
         self,
@@ -54,11 +58,11 @@ class DraftLengthController:
         self._step: dict[int, deque[float]] = {}
         self._draft: deque[float] = deque(maxlen=9)  # seconds per drafted token
         self._seen: dict[int, int] = {}  # gamma -> step of its last observation
-        self._steps, self._next_look, self._pause = 0, interval, interval
+        self._steps, self._next_look, self._credit = 0, interval, 0.0
         self._best: int | None = None
         self._drift = 1.0  # seconds now / seconds when measured, smoothed
-        # Both ends and the middle pin the curve; three each, in turn, since the first are cold.
-        ends = dict.fromkeys((max_gamma, 0, (max_gamma + 1) // 2))
+        # Two lengths pin the line; three each, in turn, since the first are cold.
+        ends = dict.fromkeys(((max_gamma + 1) // 2, 0))
         self._opening = deque([*ends] * 3)
 
     @property
@@ -88,13 +92,12 @@ class DraftLengthController:
         if gamma in self._step:
             ratio = step_seconds / (self._drift * statistics.median(self._step[gamma]))
             self._drift *= min(max(ratio, 0.1), 10.0) ** (0.3 if self._steps < 32 else 0.1)
-        times = self._step.setdefault(gamma, deque(maxlen=9))
-        if self._steps - self._seen.get(gamma, self._steps) > self._interval:
-            times.clear()  # a cold cache or another text: the drift cannot make up for that
+        times = self._step.setdefault(gamma, deque(maxlen=31))
         times.append(step_seconds / self._drift)
         self._seen[gamma] = self._steps
         if gamma:
             self._draft.append(draft_seconds / gamma)
+        self._credit += self.LOOKING * (step_seconds + draft_seconds)
         if self._opening and gamma == self._opening[0]:
             self._opening.popleft()
 
@@ -114,31 +117,29 @@ class DraftLengthController:
             return self._opening[0]
         rates = [self.rate(g) for g in range(self.max_gamma + 1)]
         best = int(np.argmax(rates))
-        # A change has to promise 2 %, or noise would change the window's size all the time.
-        if self._best is not None and rates[best] < 1.02 * rates[self._best]:
+        if self._best is not None and rates[best] < self.CHANGE * rates[self._best]:
             best = self._best
-        if best != self._best:
-            self._best, self._pause = best, self._interval
-            self._next_look = min(self._next_look, self._steps + self._interval)
+        self._best = best
         if self._steps >= self._next_look and self.max_gamma:
-            self._next_look = self._steps + self._pause
-            self._pause = min(2 * self._pause, 4 * self._interval)
             look = self._stalest(rates, best)
-            if look is not None:
+            lost = self.seconds(look) - expected_tokens(self.acceptance, look) / rates[best]
+            if self._credit >= 2 * lost:
+                self._credit = 0.0
+                self._next_look = self._steps + self._interval
                 self._opening.extend([look] * 2)
                 self.reason = f"measuring gamma {look} again ({self._summary(rates, best)})"
                 return look
         self.reason = self._summary(rates, best)
         return best
 
-    def _stalest(self, rates: Sequence[float], best: int) -> int | None:
+    def _stalest(self, rates: Sequence[float], best: int) -> int:
         """Who may still win: within 30 % of the best, or its neighbour, or no drafting at all."""
         able = [
             g
             for g in range(self.max_gamma + 1)
             if g != best and (rates[g] > 0.7 * rates[best] or abs(g - best) == 1 or g == 0)
         ]
-        return min(able, key=lambda g: (self._seen.get(g, -1), -rates[g]), default=None)
+        return min(able, key=lambda g: (self._seen.get(g, -1), -rates[g]))
 
     def _summary(self, rates: Sequence[float], best: int) -> str:
         other = 0 if best else max(range(1, len(rates)), key=lambda g: rates[g], default=0)
@@ -148,16 +149,25 @@ class DraftLengthController:
         return text if other == best else f"{text}; gamma {other} would give {rates[other]:.4g}"
 
     def _verify_seconds(self, gamma: int) -> float:
-        known = sorted(self._step)
-        if not known:
+        lengths = sorted(self._step)
+        if not lengths:
             return self._predict(gamma) if self._predict else 1.0 + 0.1 * gamma
-        medians = [self._drift * statistics.median(self._step[g]) for g in known]
-        if gamma in self._step:
-            return medians[known.index(gamma)]
+        times = [statistics.median(self._step[g]) for g in lengths]
+        counts = [len(self._step[g]) for g in lengths]
         if self._predict:
-            ratio = [m / self._predict(g) for g, m in zip(known, medians, strict=True)]
-            return self._predict(gamma) * float(np.interp(gamma, known, ratio))
-        if gamma > known[-1] and len(known) > 1:
-            slope = (medians[-1] - medians[-2]) / (known[-1] - known[-2])
-            return medians[-1] + max(slope, 0.0) * (gamma - known[-1])
-        return float(np.interp(gamma, known, medians))
+            ratio = [t / self._predict(g) for g, t in zip(lengths, times, strict=True)]
+            line = self._predict(gamma) * float(np.interp(gamma, lengths, ratio))
+        else:
+            line = _line(lengths, times, counts, gamma)
+        mine = self._step.get(gamma, ())
+        total = len(mine) * statistics.median(mine) if mine else 0.0
+        return self._drift * (total + self.PRIOR * line) / (len(mine) + self.PRIOR)
+
+
+def _line(x: Sequence[int], y: Sequence[float], weights: Sequence[int], at: int) -> float:
+    """The weighted least squares line through (x, y) at `at`; its slope is not negative."""
+    x_mean, y_mean = np.average(x, weights=weights), np.average(y, weights=weights)
+    spread = np.average((np.array(x) - x_mean) ** 2, weights=weights)
+    both = np.average((np.array(x) - x_mean) * (np.array(y) - y_mean), weights=weights)
+    slope = max(both / spread, 0.0) if spread else 0.0
+    return float(y_mean + slope * (at - x_mean))

@@ -76,9 +76,7 @@ class Engine:
         if wanted and not self._everything:
             self.streams = torch.from_numpy(costs.streams(num_experts)).to(device)
             balanced = costs.beside_link(num_experts)
-        self.control = Control(
-            config, balanced, num_layers, num_experts, top_k, num_slots, self.streams is not None
-        )
+        self.control = Control(config, balanced, num_layers, num_experts, top_k, num_slots)
         self.bounds = torch.from_numpy(self.control.bounds).to(device)
         self._bounds_shown = self.control.bounds
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)

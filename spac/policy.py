@@ -207,17 +207,16 @@ class PrefetchOracle(Policy):
 class Spac(Policy):
     """The paper's utility as sensor; mode "reference" or "calibrated".
 
-    reference: released bounds; score = utility, ties broken by the pairs expected.
-    calibrated (ours): the bounds follow the slots (`Calibrator`), and the score is the pairs
-    expected of each expert, less the longer it was not used: it separates the experts that small
-    integers tie. Constants chosen on the development traces (docs/method.md).
+    reference: released bounds; score = utility, ties broken by the share of the pairs.
+    calibrated (ours): the bounds follow the slots (`Calibrator`), and the score is the share of its
+    layer's pairs that an expert had, older pairs counting less. A copy takes the link from what
+    streams, so a newcomer must win by a margin. Constants chosen on the development traces
+    (docs/method.md).
     """
 
-    names = ("utility", "expected", "last")
-    DECAY = 0.93  # per window, of the expected pairs
-    CAP = 2.0  # pairs beyond this in one window say little about the next
-    RECENCY = 0.25  # expected pairs count 1 / (1 + RECENCY * windows since the last use)
-    margin = 0.05  # or near equals would take turns
+    names = ("utility", "count", "pairs")
+    MEMORY = 12.0  # pairs of a layer per expert, after which the oldest count 1 / e
+    MARGIN = 0.008  # of the layer's pairs
 
     def __init__(
         self,
@@ -229,11 +228,11 @@ class Spac(Policy):
     ) -> None:
         super().__init__(num_layers, num_experts, slots, rejected_weight)
         self.mode = mode
-        if mode == "reference":
-            self.margin = 0.0
+        self.margin = self.MARGIN if mode == "calibrated" else 0.0
         self.calibrator = estimator.Calibrator(num_layers, mode)
         self.tau = np.ones(num_layers, dtype=np.int32)
         self.quota = np.full(num_layers, slots / num_layers)
+        self._window_pairs = 0.0
 
     @property
     def utility(self) -> NDArray[np.int32]:
@@ -241,9 +240,14 @@ class Spac(Policy):
         return self.state["utility"].astype(np.int32)
 
     @property
+    def share(self) -> Floats:
+        """Of the layer's pairs, by expert [L, E]; older pairs count less."""
+        return self.state["count"] / np.maximum(self.state["pairs"], 1e-9)
+
+    @property
     def expected(self) -> Floats:
-        """Pairs expected of each expert in the next window [L, E], up to the cap."""
-        return self.state["expected"] * (1 - self.DECAY) / (1 - self.DECAY ** (self.window + 1))
+        """Pairs expected of each expert in a window like the last [L, E]."""
+        return self.share * self._window_pairs
 
     def observe_counts(self, n: ArrayLike) -> None:
         # All layers in one step: this runs beside the thread that decodes, under the same lock.
@@ -254,25 +258,19 @@ class Spac(Policy):
     def _advance(self, layer: int | slice, n: Floats) -> None:
         bounds = self.calibrator.bounds[layer]
         up, down = bounds[..., :1], bounds[..., 1:]
-        u, e = self.state["utility"], self.state["expected"]
+        u = self.state["utility"]
         u[layer] = estimator.step(u[layer].astype(np.int32), n, up, down)
-        e[layer] = self.DECAY * e[layer] + np.minimum(n, self.CAP)
-        self.state["last"][layer][n > 0] = self.window + 1
+        pairs = n.sum(axis=-1, keepdims=True)
+        decay = np.exp(-pairs / (self.MEMORY * self.shape[1]))
+        for name, new in (("count", n), ("pairs", pairs)):
+            self.state[name][layer] = decay * self.state[name][layer] + new
+        self._window_pairs = float(pairs.mean())
 
     def _finish(self) -> None:
         self.calibrator.update(self.utility, self.tau, self.quota)
 
-    def be_patient(self) -> None:
-        """Where a copy takes the link from missing experts that would cross it in this window, so
-        that it costs as much as a miss: look further back, change less (docs/method.md)."""
-        if self.mode == "calibrated":
-            self.DECAY, self.RECENCY, self.margin = 0.97, 0.0, 0.1
-
     def score(self) -> Floats:
-        expected = self.expected
-        if self.mode == "reference":
-            return self.state["utility"] + expected / (1 + expected)
-        return expected / (1 + self.RECENCY * (self.window + 1 - self.state["last"]))
+        return self.share + (self.state["utility"] if self.mode == "reference" else 0.0)
 
 
 class ActivationAware(Spac):
@@ -285,13 +283,12 @@ class ActivationAware(Spac):
 
     AHEAD = 3  # layers: about the time that a copy takes
     WEIGHT = 1.0
-    RECENCY = 0.0  # the hint speaks for the moment, the score for the long run
+    MARGIN = 0.004
 
     def __init__(
         self, num_layers: int, num_experts: int, slots: int, rejected_weight: float = 1.0
     ) -> None:
         super().__init__(num_layers, num_experts, slots, rejected_weight)
-        self.margin = 0.1
         self._follows = np.zeros((num_layers, num_experts, num_experts), dtype=np.float32)
         self._count = np.zeros(self.shape)
         self._tokens = 0
@@ -310,7 +307,7 @@ class ActivationAware(Spac):
             seen, usual = self._count[layer, on], self._count[later] / max(self._tokens, 1)
             excess = self._follows[later, on] - seen[:, None] * usual
             per_token = (chosen[:, on].sum(axis=0) / (seen + 3.0)) @ excess
-            self._hint[later] = per_token / rows.shape[1]
+            self._hint[later] = per_token / rows.shape[1] / rows.size  # a share of the pairs
 
     def _finish(self) -> None:
         super()._finish()

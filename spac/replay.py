@@ -138,6 +138,7 @@ def replay(
     balancer: Balancer | None = None,
     balance_every: int = 8,
     profile: Profile | None = None,
+    prompt: NDArray[np.float64] | None = None,
     on_window: Callable[[Window, float], None] | None = None,
 ) -> Replay:
     """Run every window; counts start after the first `warmup` share of the trace.
@@ -149,6 +150,7 @@ def replay(
     stream as many as `CostModel.streams` says, which do not stay; None: copies follow one another.
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
     profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
+    prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from.
     on_window(window, seconds) is called after each; `windows` may be drawn as the replay goes.
     """
     layers, num_experts = policy.shape
@@ -158,12 +160,14 @@ def replay(
     if profile is not None:
         profile.check_model(layers, num_experts)
         policy.warm_start(profile.rate)
+    if prompt is not None:
+        policy.warm_start(prompt)
     fill = None if profile is None else profile.rate
     table = None
     if max_copies is None:
         pool = Slots(layers, num_experts, slots, cost, fill)
     else:
-        pool = Rounds(layers, num_experts, slots, cost, max_copies, fill)
+        pool = Rounds(layers, num_experts, slots, cost, max_copies, fill, prompt is not None)
         table = cost.streams(num_experts)
     handoff = cost.handoff if slots < layers * num_experts else 0.0
     out = Replay(expert_bytes=cost.expert_bytes)

@@ -114,6 +114,7 @@ class Rounds(Slots):
     When a window begins, the slots of the last round's victims are free and the copies that have
     ended are seen; then the round's copies start into free slots, in the order of the scores, and
     victims are chosen for the newcomers that found none. Streams share the link with the copies.
+    prompt: the policy knows a prompt, so that the first two rounds have no limit.
     """
 
     def __init__(
@@ -124,9 +125,10 @@ class Rounds(Slots):
         cost: CostModel,
         most: int,
         first: NDArray[np.float64] | None = None,
+        prompt: bool = False,
     ) -> None:
         super().__init__(layers, experts, slots, cost, first)
-        self.most = most
+        self.most, self._unlimited = most, 2 * (prompt and most > 0)
         self._queue: list[int] = []  # copies of the round, in order
         self._arrived: list[int] = []
         self._leaving: list[int] = []
@@ -149,7 +151,9 @@ class Rounds(Slots):
         wanted = policy.wanted()
         missing = ~self.resident if wanted is None else ~self.resident & wanted.ravel()
         order = np.flatnonzero(missing)
-        order = order[np.argsort(-score[order], kind="stable")][: self.most]
+        most = len(score) if self._unlimited else self.most
+        self._unlimited = max(self._unlimited - 1, 0)
+        order = order[np.argsort(-score[order], kind="stable")][:most]
         now = min(self.free, len(order))
         self._queue, self.left = order[:now].tolist(), now * self.copy_seconds
         self.free -= now

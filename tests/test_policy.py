@@ -76,13 +76,26 @@ def test_rejected_rows_count_by_weight(weight):
 
 
 def test_scores_follow_a_change_of_topic():
-    policy = Spac(1, E, 2)
-    for _ in range(20):
-        window(policy, [[0], [1]])
-    assert set(order(policy)[:2]) == {0, 1}
-    for _ in range(6):
-        window(policy, [[3], [4]])
+    policy, lfu = Spac(1, E, 2), make_policy("lfu", 1, E, 2)
+    for p in (policy, lfu):
+        for _ in range(200):
+            window(p, [[0], [1]])
+        assert set(order(p)[:2]) == {0, 1}
+        for _ in range(40):  # 80 pairs; the memory is 12 for each of 6 experts
+            window(p, [[3], [4]])
     assert set(order(policy)[:2]) == {3, 4}
+    assert set(order(lfu)[:2]) == {0, 1}
+
+
+def test_calibrated_scores_are_shares_whatever_the_window():
+    policy, wide = Spac(L, E, 4), Spac(L, E, 4)
+    for _ in range(5):
+        for ids in ([[0, 1]], [[0, 2]], [[0, 3]]):
+            window(policy, *[ids] * L)
+        window(wide, *[[[0, 1], [0, 2], [0, 3]]] * L)
+    np.testing.assert_allclose(wide.score()[0], [1 / 2, 1 / 6, 1 / 6, 1 / 6, 0, 0])
+    np.testing.assert_allclose(policy.score(), wide.score(), atol=0.02)
+    np.testing.assert_allclose(wide.expected.sum(axis=1), 6)
 
 
 def test_activation_learns_what_follows():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,27 @@ def test_a_snapshot_that_comes_late_keeps_its_prompt(tiny_moe):
         copier.submit(Snapshot(window, 0.0, zeros, zeros, prompt))
     latest = copier._latest()
     assert latest.window == 2 and (latest.prompt == 3).all()
+    spac.detach(model)
+
+
+def test_after_a_prompt_every_slot_may_change_at_once(tiny_moe):
+    model = tiny_moe()
+    spac.attach(model, bytes_for_ratio(model, 0.4, SpacConfig()), max_copies=1)
+    engine = attachment(model).engine
+    copier, pool = engine.copier, engine.pool
+    copier.close()
+    counts = np.zeros(pool.held.shape, dtype=np.int64)
+    prompt = np.where(pool.held, 0.0, np.random.default_rng(0).uniform(1, 2, counts.shape))
+    missing, held = int((~pool.held).sum()), pool.held.copy()
+    for window in range(1, 5):
+        copier._round(
+            Snapshot(window, float(window), counts, counts, prompt if window == 1 else None)
+        )
+        pool.publish()
+        changed = int((held & (pool.slot_of < 0)).sum())
+        assert changed == min(missing, pool.num_slots)  # evicted by the first round, all of them
+        new = int((~held & (pool.slot_of >= 0)).sum())
+        assert new == (changed if window > 1 else 0)
     spac.detach(model)
 
 
