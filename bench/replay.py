@@ -14,7 +14,7 @@ from spac.draft_length import DraftLengthController
 from spac.machine import MACHINES, find_machine
 from spac.plotting import pyplot
 from spac.policy import POLICIES, Policy, make_policy
-from spac.profile import find_profile
+from spac.profile import Profile, find_profile
 from spac.progress import progress
 from spac.replay import REJECTED, Replay, WindowSource, make_windows, oracle_bound, replay
 from spac.trace import Trace, load_trace
@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streaming", action="store_true", help="three-way split")
     parser.add_argument("--max-copies", type=int, metavar="N",
                         help="copy in rounds of N a window, as the engine does")  # fmt: skip
+    parser.add_argument("--prompt", type=int, default=0, metavar="TOKENS",
+                        help="at the trace's start, which the policies begin from")  # fmt: skip
     parser.add_argument("--live", action="store_true", help="scores may change within a window")
     parser.add_argument("--balance", action="store_true", help="thresholds by the balancer")
     parser.add_argument("--warmup", type=float, default=0.25, help="share of the trace not counted")
@@ -91,7 +93,11 @@ def run(args: argparse.Namespace) -> Table:
         _, layers, _ = trace.shape
         slots = int(share * layers * trace.num_experts)
         options = {"streaming": args.streaming, "draft_token": draft, "warmup": args.warmup}
-        begin = None
+        begin = rate = None
+        if args.prompt:
+            ids, at = trace.expert_ids, min(args.prompt, trace.shape[0] // 4)
+            rate = Profile.of_trace(Trace(ids[:at], trace.num_experts)).rate
+            trace = Trace(ids[at:], trace.num_experts)
         if args.start:
             begin = find_profile(args.start, layers, trace.num_experts, trace.shape[2])
         oracle = None
@@ -104,6 +110,8 @@ def run(args: argparse.Namespace) -> Table:
             if args.live or policy_name == "activation":
                 options["live"] = True
             options |= {"profile": begin, "max_copies": args.max_copies}
+            if rate is not None and not policy.foresight:
+                options["prompt"] = rate * (5 if window == "auto" else int(window))
             if window == "auto":
                 source = WindowSource(trace, args.acceptance, args.rejected)
                 result = replay_auto(source, policy, cost, slots, **options)
@@ -111,7 +119,8 @@ def run(args: argparse.Namespace) -> Table:
                 balancer = Balancer() if args.balance else None
                 result = replay(windows, policy, cost, slots, balancer=balancer, **options)
             options.pop("live", None)
-            del options["profile"], options["max_copies"]
+            for key in ("profile", "max_copies", "prompt"):
+                options.pop(key, None)
             row = [name, args.profile, window, share, round(1e-9 / cost.h2d_byte, 1), policy_name]
             rows.append(row + _figures(result, oracle))
             kept.append((row, result))

@@ -236,6 +236,8 @@ def test_bench_replay_and_balance(tmp_path, monkeypatch):
     path = tmp_path / "toy.npz"
     save_trace(path, synthetic(48))
     shape = ("--shape", "64", "32", "--cache", "0.3")
+    engine = ("--streaming", "--max-copies", "4", "--prompt", "8", "--warmup", "0")
+    assert len(bench("replay", str(tmp_path), *engine, "--window", "4", *shape).rows) == 4
     table = bench("replay", str(tmp_path), "--window", "4", "auto", *shape, "--policy", "spac")
     assert [r[table.columns.index("window")] for r in table.rows] == ["4", "auto"]
     assert table.rows[0][-1] <= 1.02 and table.rows[1][-1] is None
