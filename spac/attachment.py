@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Attachment:
     # spac.target.StaticTarget of the target and the draft, by id of the model, or why there is none
     targets: dict[int, Any] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    orphan: weakref.finalize | None = None  # stops the engine of a model that was dropped
 
     @contextmanager
     def in_use(self, what: str) -> Iterator[None]:
@@ -154,7 +156,14 @@ def attach(
         module.__dict__["_spac_binding"] = Binding(state.engine, index)
     model.__dict__["_spac_attachment"] = state
     model.set_experts_implementation("spac")
+    state.orphan = weakref.finalize(model, _close_beside, state.engine)
+    state.orphan.atexit = False  # the engine sees to that itself
     return model
+
+
+def _close_beside(engine: Engine) -> None:
+    """Close it in a thread: a collector may run in any, also in one that `close` waits for."""
+    threading.Thread(target=engine.close, name="spac-close", daemon=True).start()
 
 
 def _costs(layout: ExpertLayout, device: torch.device, profile: Profile | None) -> CostModel:
@@ -196,6 +205,8 @@ def _detach(model: PreTrainedModel, state: Attachment) -> PreTrainedModel:
 
 def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
     """Stop the engine and give the weights back, as far as attach had come."""
+    if state.orphan is not None:
+        state.orphan.detach()
     if state.engine is not None:
         state.engine.close()
     experts = find_experts(model)

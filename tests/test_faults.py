@@ -284,3 +284,30 @@ def test_fork_after_attach(tiny_moe, expected):
     assert torch.equal(text(model), expected)
     spac.detach(model)
     check_clean(model, expected)
+
+
+def test_a_model_that_is_dropped_attached_leaves_no_thread(tiny_moe):
+    model = tiny_moe()
+    attach(model)
+    text(model)
+    assert threads()
+    engine = weakref.ref(attachment(model).engine)
+    del model
+    deadline = time.monotonic() + 20
+    while (threads() or engine() is not None) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not threads() and engine() is None  # slots and host store are free again
+
+
+def test_a_static_window_that_was_interrupted(tiny_moe, expected):
+    """The worker follows the device: what an interrupted window left does not disturb the next."""
+    model = tiny_moe()
+    settings = SETTINGS | {"static_windows": True}
+    spac.attach(model, bytes_for_ratio(model, 0.3, SpacConfig(**settings)), **settings)
+    text(model)
+    with fault("experts", fail=KeyboardInterrupt("^C"), after=17), pytest.raises(KeyboardInterrupt):
+        text(model)
+    assert torch.equal(text(model), expected)
+    spac.detach(model)
+    check_clean(model, expected)
