@@ -283,7 +283,7 @@ class ActivationAware(Spac):
 
     AHEAD = 3  # layers: about the time that a copy takes
     WEIGHT = 1.0
-    MARGIN = 0.004
+    MARGIN = 0.006
 
     def __init__(
         self, num_layers: int, num_experts: int, slots: int, rejected_weight: float = 1.0
