@@ -94,7 +94,7 @@ __attribute__((noinline)) void int4_tile(const uint8_t* w, int64_t w_stride, con
       acc[n][r] = fma(__builtin_convertvector(sum, V), s * load(xn.scale), acc[n][r]);
     }
   };
-  // Row after row: four of them share a page, where memory is fetched ahead only in order.
+  // Row after row: four of them share a page.
   const int64_t whole = k / INT4_STEP, rest = k - whole * INT4_STEP;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
