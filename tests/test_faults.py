@@ -311,3 +311,21 @@ def test_a_static_window_that_was_interrupted(tiny_moe, expected):
     assert torch.equal(text(model), expected)
     spac.detach(model)
     check_clean(model, expected)
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_interrupted_while_it_waits_for_the_worker_beside_another_model(tiny_moe, expected, after):
+    models = [tiny_moe(), tiny_moe()]
+    settings = SETTINGS | {"static_windows": True}
+    for model in models:
+        spac.attach(model, bytes_for_ratio(model, 0.3, SpacConfig(**settings)), **settings)
+    for _ in range(2):
+        with fault("handed", fail=KeyboardInterrupt("^C"), after=after) as f:
+            with pytest.raises(KeyboardInterrupt):
+                text(models[0])
+        assert f.hits == 1
+        assert all(torch.equal(text(model), expected) for model in models)
+    for model in models:
+        spac.detach(model)
+    for model in models:
+        check_clean(model, expected)
