@@ -8,6 +8,7 @@ and reads the accepted tokens. Rejected tokens are forgotten by moving the cache
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,7 @@ from spac.prefill import PREFILL_CHUNK
 _LENGTH_ALIGN = 64  # of a static cache: attention kernels read masks in aligned pieces
 _FUSE_LAYERS = 16
 log = logging.getLogger("spac")
+_capturing = threading.Lock()  # graphs of models in different threads: one capture at a time
 
 
 class Target(Protocol):
@@ -168,18 +170,23 @@ class StaticTarget:
             self._lengths.sub_(rejected)
 
     def _prepare(self, width: int) -> _Window:
-        """Warm up, then capture; what the warm-up changed is put back."""
+        """Warm up, then capture, one thread at a time."""
         device = self.model.device
         window = _Window(torch.zeros(width, dtype=torch.int64, device=device))
         if self.engine is not None:
             self.engine.open_handoff(self.model.dtype)
-        if device.type != "cuda":
-            return window
+        if device.type == "cuda":
+            with _capturing:
+                self._capture_or_not(window, width)
+        return window
+
+    def _capture_or_not(self, window: _Window, width: int) -> None:
+        """With compiled small operations, without them, or, with a logged reason, not at all."""
         if self._fuse:
             try:
                 with fused(self.model):
                     self._capture(window, width)
-                return window
+                return
             except RuntimeError as error:
                 self._fuse = False
                 log.warning("spac: small operations are not compiled: %s", _first_line(error))
@@ -190,9 +197,9 @@ class StaticTarget:
             reason = f"windows of {width} tokens run eagerly: {_first_line(error)}"
             self.reasons.append(reason)
             log.warning("spac: %s", reason)
-        return window
 
     def _capture(self, window: _Window, width: int) -> None:
+        """Warm up, then capture; what the warm-up changed is put back."""
         before = None if self.engine is None else self.engine.save()
         lengths = self._lengths.clone()
         side = torch.cuda.Stream()

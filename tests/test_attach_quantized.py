@@ -70,6 +70,7 @@ def test_detach_gives_the_rounded_weights_back(tiny_moe):
     with torch.no_grad():
         got = model(ids).logits.cpu()
         spac.detach(model)
+        ids = ids.to(model.device)
         again = model(ids).logits
         torch.testing.assert_close(got, rounded(ids).logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(again, rounded(ids).logits, rtol=1e-4, atol=1e-4)
