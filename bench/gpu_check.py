@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spac import reference
-from spac.bench import gpu_small
+from spac.bench import gpu_decoder, gpu_small
 from spac.bench.kernels import (
     SHAPES,
     Problem,
@@ -38,6 +38,7 @@ from spac.layout import ExpertLayout, ExpertTable
 
 HBM, MATMUL = 4.3e12, 790e12  # H200, measured: docs/kernels.md
 WINDOWS = (1, 2, 4, 8, 9, 16, 32, 64, 256, 1024, 4096)
+PARTS = ("correctness", "timing", "decoder", "all")
 DEV = "cuda"
 
 
@@ -283,16 +284,18 @@ def timing(report: Report) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m spac.bench.gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write gpu_check.json there")
-    parser.add_argument("--part", choices=("correctness", "timing", "all"), default="all")
+    parser.add_argument("--part", choices=PARTS, default="all")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu_check: no CUDA device", file=sys.stderr)
         return 2
     report, lines = Report(), []
-    if args.part != "timing":
+    if args.part in ("correctness", "all"):
         correctness(report)
-    if args.part != "correctness":
-        lines = timing(report)
+    if args.part in ("timing", "all"):
+        lines += timing(report)
+    if args.part in ("decoder", "all"):
+        lines += gpu_decoder.decoder(report)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         content = {"results": report.results, "failures": report.failures, "table": lines}

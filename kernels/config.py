@@ -64,7 +64,7 @@ def device_of(device: torch.device) -> Device:
     return Device(p.major, p.minor, shared)
 
 
-def _fit(tile: Tile, columns: int, itemsize: int, shared: int) -> Tile:
+def fit(tile: Tile, columns: int, itemsize: int, shared: int) -> Tile:
     """Fewer stages, then shorter steps, until the pipeline's buffers fit shared memory."""
     while True:
         stage = (tile.block_m + columns * tile.block_n) * tile.block_k * itemsize
@@ -100,7 +100,7 @@ def select_config(
     size = layout.dtype.itemsize
     return FFNConfig(
         path,
-        _fit(gate_up, 2, size, device.shared),
-        _fit(down, 1, size, device.shared),
-        _fit(Tile(128, 128, 64, 8, 3), 1, size, device.shared),
+        fit(gate_up, 2, size, device.shared),
+        fit(down, 1, size, device.shared),
+        fit(Tile(128, 128, 64, 8, 3), 1, size, device.shared),
     )

@@ -31,8 +31,9 @@ def _route(
     NORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
+    ROUND: tl.constexpr = False,
 ):
-    """Weights and ids of ROWS tokens from row0 on."""
+    """Weights and ids of ROWS tokens from row0 on; ROUND: to the dtype of the logits."""
     rows = row0 + tl.arange(0, ROWS)
     offs_e = tl.arange(0, EXPERTS)[None, :]
     offs_j = tl.arange(0, CHOICES)[None, :]
@@ -51,9 +52,59 @@ def _route(
         left = tl.where(offs_e == e, -1.0, left)
     if NORMALIZE:
         weights = weights / tl.sum(weights, axis=1)[:, None]
+    if ROUND:
+        weights = weights.to(logits_ptr.dtype.element_ty).to(tl.float32)
     mask = (rows < W)[:, None] & (offs_j < K)
     tl.store(weights_ptr + rows[:, None] * K + offs_j, weights, mask=mask)
     tl.store(ids_ptr + rows[:, None] * K + offs_j, ids, mask=mask)
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,
+    stride_w,
+    weights_ptr,
+    ids_ptr,
+    W,
+    E,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Grid (blocks of ROWS tokens,)."""
+    _route(
+        tl.program_id(0) * ROWS, logits_ptr, stride_w, weights_ptr, ids_ptr, W, E, K, CHOICES,
+        NORMALIZE, EXPERTS, ROWS, ROUND,
+    )  # fmt: skip
+
+
+def route(logits: Tensor, top_k: int, normalize: bool, rounded: bool) -> tuple[Tensor, Tensor]:
+    """As `spac.reference.route`; with `rounded` the fp32 weights have values of logits' dtype."""
+    W, E = logits.shape
+    if not 1 <= top_k <= E:
+        raise ValueError(f"top_k: expected 1..{E}, got {top_k}")
+    weights = torch.empty(W, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(W, top_k, dtype=torch.int32, device=logits.device)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    _route_kernel[(triton.cdiv(W, ROWS),)](
+        logits,
+        logits.stride(0),
+        weights,
+        ids,
+        W,
+        E,
+        K=top_k,
+        CHOICES=triton.next_power_of_2(top_k),
+        NORMALIZE=normalize,
+        EXPERTS=triton.next_power_of_2(E),
+        ROWS=ROWS,
+        ROUND=rounded,
+        num_warps=ROWS,
+    )
+    return weights, ids
 
 
 @triton.jit

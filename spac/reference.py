@@ -312,3 +312,40 @@ def accept_sample(logits: Tensor, draft: Tensor, draft_probs: Tensor | None, u: 
     token = torch.searchsorted(cdf, u[gamma].double() * cdf[-1], right=True)
     last = torch.nonzero(residual)[-1, 0]  # rounding may point past the last possible token
     return torch.stack([torch.tensor(accepted, device=p.device), torch.minimum(token, last)])
+
+
+def window_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp64 [W, heads * D], and the window's rows of the caches [kv_heads, W, D].
+
+    Arguments as of kernels/window_attention.py; keys, values [kv_heads, n, D] as far as filled.
+    """
+    kv_heads, length, D = keys.shape
+    W = qkv.shape[0]
+
+    def turned(x: Tensor, norm: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.double()
+        half = torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1)
+        return x * cos.double()[:, None] + half * sin.double()[:, None]
+
+    x = qkv.double().view(W, -1, D)
+    q = turned(x[:, : -2 * kv_heads], q_norm).transpose(0, 1)
+    k = turned(x[:, -2 * kv_heads : -kv_heads], k_norm).transpose(0, 1)
+    v = x[:, -kv_heads:].transpose(0, 1)
+    groups = q.shape[0] // kv_heads
+    all_k = torch.cat([keys.double(), k], 1).repeat_interleave(groups, 0)
+    all_v = torch.cat([values.double(), v], 1).repeat_interleave(groups, 0)
+    place = torch.arange(length + W, device=qkv.device)
+    hidden = place > length + torch.arange(W, device=qkv.device)[:, None]
+    scores = (q @ all_k.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
+    out = scores.softmax(-1) @ all_v
+    return out.transpose(0, 1).reshape(W, -1), k, v

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from spac.attention import grouped
+from spac.decoder import MOST_TOKENS, can_run, few_launches
 from spac.engine import Engine
 from spac.fuse import fused
 from spac.prefill import PREFILL_CHUNK
@@ -92,8 +95,9 @@ class StaticTarget:
     """Windows over a static cache of at least `length` tokens; see the module text.
 
     engine: that of an attached model, or None. Without a GPU the same path runs without graphs.
-    fuse: capture with compiled small operations (spac.fuse); None: if the model has layers enough
-    to be worth the compilation. Raises NotCapturable.
+    fuse: capture with the kernels of spac.decoder, for other models with compiled small operations
+    (spac.fuse); None: the latter if there are layers enough to be worth the compilation. Raises
+    NotCapturable.
     """
 
     def __init__(
@@ -109,7 +113,13 @@ class StaticTarget:
         if kinds != {StaticLayer}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise NotCapturable(f"its KV cache has layers that cannot be rolled back ({names})")
-        self._fuse = len(self.cache.layers) >= _FUSE_LAYERS if fuse is None else fuse
+        # Fastest first; each changes the model as long as a capture lasts.
+        self._ways: list[Callable[[PreTrainedModel], AbstractContextManager[None]]] = [nullcontext]
+        if fuse or (fuse is None and len(self.cache.layers) >= _FUSE_LAYERS):
+            self._ways.insert(0, fused)
+        if fuse is not False and can_run(model):
+            self._ways.insert(0, few_launches)
+        self._own_lengths = False
         device = model.device
         # One tensor for all layers: forgetting is one launch.
         self._lengths = torch.zeros(len(self.cache.layers), dtype=torch.int64, device=device)
@@ -181,25 +191,31 @@ class StaticTarget:
         return window
 
     def _capture_or_not(self, window: _Window, width: int) -> None:
-        """With compiled small operations, without them, or, with a logged reason, not at all."""
-        if self._fuse:
-            try:
-                with fused(self.model):
-                    self._capture(window, width)
-                return
-            except RuntimeError as error:
-                self._fuse = False
-                log.warning("spac: small operations are not compiled: %s", _first_line(error))
-        try:
-            self._capture(window, width)
-        except RuntimeError as error:
-            window.graph, window.flags = None, False
-            reason = f"windows of {width} tokens run eagerly: {_first_line(error)}"
-            self.reasons.append(reason)
-            log.warning("spac: %s", reason)
+        """In the fastest way that works; if none does, with a logged reason, not at all."""
+        from triton.errors import TritonError
 
-    def _capture(self, window: _Window, width: int) -> None:
-        """Warm up, then capture; what the warm-up changed is put back."""
+        ways = [w for w in self._ways if width <= MOST_TOKENS or w is not few_launches]
+        for way in ways:
+            try:
+                with way(self.model):
+                    self._capture(window, width, own_lengths=way is few_launches)
+                return
+            except (RuntimeError, TritonError) as error:
+                reason = _first_line(error)
+                if way is not ways[-1]:
+                    self._ways.remove(way)
+                    log.warning("spac: windows without %s: %s", way.__name__, reason)
+        window.graph, window.flags = None, False
+        reason = f"windows of {width} tokens run eagerly: {reason}"
+        self.reasons.append(reason)
+        log.warning("spac: %s", reason)
+
+    def _capture(self, window: _Window, width: int, own_lengths: bool) -> None:
+        """Warm up, then capture; what the warm-up changed is put back.
+
+        own_lengths: the layers leave the lengths of their cache to us.
+        """
+        self._own_lengths = own_lengths
         before = None if self.engine is None else self.engine.save()
         lengths = self._lengths.clone()
         side = torch.cuda.Stream()
@@ -218,6 +234,7 @@ class StaticTarget:
                 logits = self._run(window.tokens, True)
             window.graph, window.logits = graph, logits
         finally:
+            self._own_lengths = False
             self._lengths.copy_(lengths)
             if self.engine is not None and before is not None:
                 self.engine.load(before)
@@ -235,7 +252,7 @@ class StaticTarget:
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         mask.masked_fill_(hidden, torch.finfo(dtype).min)
         with grouped(self.model):
-            return self.model(
+            logits = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 attention_mask=mask[None, None],
@@ -243,6 +260,9 @@ class StaticTarget:
                 use_cache=True,
                 logits_to_keep=keep,
             ).logits[0]
+        if self._own_lengths:
+            self._lengths.add_(tokens.numel())
+        return logits
 
 
 def _first_line(error: BaseException) -> str:
