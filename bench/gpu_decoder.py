@@ -20,7 +20,7 @@ DEV = "cuda"
 
 
 def decoder(report: Any) -> list[str]:
-    """A line for each kernel, shape and width: us of ours, of torch, and GB/s of what ours reads."""
+    """A line for each kernel, shape and width: us of ours and of torch, GB/s of what ours reads."""
     lines = []
     for shape, (H, heads, kv, inter, experts) in SHAPES.items():
         matrices = {"qkv": [heads * D, kv * D, kv * D], "out": [H]}
