@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -56,10 +57,11 @@ from spac.target import EagerTarget, StaticTarget, Target
 from spac.trace import load_trace
 
 COLUMNS = ["provider", "slots", "gamma", "tokens/s", "ms/step", "draft ms", "TTFT ms", "coverage"]
-COLUMNS += ["GB/token", "GPU busy", "CPU busy", "PCIe busy", "of roofline"]
+COLUMNS += ["GB/token", "copies/step", "GPU busy", "CPU busy", "PCIe busy", "of roofline"]
 PROVIDERS = ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident", "grouped-mm")
 WITHOUT_SLOTS = ("cpu", "stream", "resident", "grouped-mm")
 BASELINES = ("lru", "static", "cpu", "stream")
+COSTS = "costs that decide what is streamed: "  # `bench predict` reads them
 _PROFILED = 3  # windows after the timed ones, for the GPU's busy time
 
 
@@ -112,7 +114,6 @@ class Job:
     prompt: Tensor  # int32 [L, P, k]
     draft: Draft
     warmup: int  # tokens
-
     length: int  # tokens of KV cache
     threads: int  # of the CPU's FFN
 
@@ -175,7 +176,7 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
     dense = _dense_bytes(made)
     rows: list[list[Any]] = []
     figures: dict[tuple[str, int, int], Figures] = {}
-    notes = _notes(args, job, machine, dense)
+    notes = [*_notes(args, job, machine, dense), COSTS + json.dumps(asdict(costs))]
     ratios = _slots(args, made, everything, length)
     for slots, gamma, name in progress(list(product(ratios, gammas, args.providers)), "full size"):
         if time.perf_counter() - start > args.limit:
@@ -308,6 +309,7 @@ def _cells(f: Figures, machine: Machine, blob: int, dense: int) -> list[Any]:
         f.ttft * 1e3,
         c.resident_pairs / max(c.pairs, 1),
         c.moved / f.tokens / 1e9,
+        c.copied / blob / f.steps,
         f.gpu_busy,
         c.cpu_seconds / f.seconds,
         sides["link"] / f.seconds,

@@ -39,6 +39,7 @@ class Counts:
     gpu_experts: int = 0  # distinct experts of a layer and window that the GPU computed
     cpu_experts: int = 0
     moved: int = 0  # bytes over the link
+    copied: int = 0  # of them, by the copy thread
     cpu_seconds: float = 0.0
 
     def __sub__(self, other: Counts) -> Counts:
@@ -99,12 +100,14 @@ class EngineProvider(Provider):
         engine = self.engine
         totals = dict(zip(COUNTERS, engine.counters.sum(0).tolist(), strict=True))
         resident, streamed = totals["resident_experts"], int(engine.streamed.sum())
+        copied = engine.copier.bytes_copied - self._filled
         return Counts(
             pairs=totals["pairs"],
             resident_pairs=totals["resident_pairs"],
             gpu_experts=resident + streamed,
             cpu_experts=totals["experts"] - resident - streamed,
-            moved=engine.copier.bytes_copied - self._filled + engine.streamed_bytes,
+            moved=copied + engine.streamed_bytes,
+            copied=copied,
             cpu_seconds=engine.cpu_seconds,
         )
 

@@ -15,6 +15,10 @@ from spac.cost import CostModel
 from spac.policy import Spac, make_policy
 from spac.profile import Profile
 
+_CATCH_UP = (
+    64  # windows: of those that went by during one long round of copies, at most so many count
+)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -91,10 +95,10 @@ class Control:
         plan = self.balancer.poll()
         if plan is not None:
             self.plan, self.estimator.tau, self.estimator.quota = plan, plan.tau, plan.slots
-        if self.policy is not self.estimator:
-            self.policy.observe_counts(rate)
         before = self.estimator.calibrator.bounds.copy()
-        self.estimator.observe_counts(rate)
+        for policy in {id(p): p for p in (self.policy, self.estimator)}.values():
+            for _ in range(min(passed, _CATCH_UP)):
+                policy.observe_counts(rate)
         self.estimator.state["utility"][:] = snapshot.utility  # the device's is the one in force
         if not np.array_equal(before, self.estimator.calibrator.bounds):
             self.bounds = self.estimator.calibrator.bounds.copy()

@@ -15,12 +15,16 @@ from spac.control import Control, Snapshot
 from spac.pool import SlotPool
 from spac.store import HostStore
 
+# Copies that are begun before the thread sleeps until they have arrived: while every core is busy
+# with experts, to wake it can take longer than a copy.
+AHEAD = 8
+
 
 class CopyThread(threading.Thread):
     """One round per window, on the latest snapshot. An exception is kept in `error`.
 
     `late` counts copies whose expert had pairs while they were under way, `wasted` those that were
-    evicted before a pair met them in their slot. note(track, name, start) hears of every copy.
+    evicted before a pair met them in their slot. note(track, name, start) hears of what arrives.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class CopyThread(threading.Thread):
         # Pairs of each expert before it could have met one in its slot; -1: not copied by a round.
         self._pairs = np.full(pool.held.shape, -1, dtype=np.int64)
         self._fresh: list[tuple[int, int]] = []  # copied in the last round
+        self._coming: list[tuple[int, int, int]] = []  # (layer, expert, slot) under way
+        self._began = 0.0
         self._unlimited = 0  # rounds that may exchange every slot: after a prompt
         self._inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
         self._stream: torch.cuda.Stream | None = None
@@ -69,6 +75,7 @@ class CopyThread(threading.Thread):
             slot = self.pool.take()
             assert slot is not None
             self._copy(layer, expert, slot)
+        self._arrive()
         for layer in range(num_layers):
             self.pool.publish(layer)
 
@@ -112,6 +119,7 @@ class CopyThread(threading.Thread):
             copied += 1
             self._pairs[layer, expert] = snapshot.frequency[layer, expert]
             self._fresh.append((int(layer), int(expert)))
+        self._arrive()
         waiting = wanted[copied + pool.pending :]
         victims = _sorted(scores, pool.held & (pool.slot_of >= 0), descending=False)
         for newcomer, victim in zip(waiting, victims, strict=False):
@@ -123,7 +131,9 @@ class CopyThread(threading.Thread):
             pool.evict(*place)
 
     def _copy(self, layer: int, expert: int, slot: int) -> None:
-        start = time.perf_counter()
+        """Begin a copy; `_arrive` shows it."""
+        if not self._coming:
+            self._began = time.perf_counter()
         blob = self.store.blobs[layer][expert]
         target = self.pool.memory[slot, : blob.numel()]
         self.pool.held[layer, expert] = True
@@ -132,11 +142,22 @@ class CopyThread(threading.Thread):
         else:
             with torch.cuda.stream(self._stream):
                 target.copy_(blob, non_blocking=True)
-                self._copied.record()
-            self._copied.synchronize()
         self.bytes_copied += blob.numel()
-        self._note("link", f"layer {layer} expert {expert}", start)
-        self.pool.load(int(layer), int(expert), slot)
+        self._coming.append((int(layer), int(expert), slot))
+        if len(self._coming) == AHEAD:
+            self._arrive()
+
+    def _arrive(self) -> None:
+        """Wait for the copies under way, then show them to the forward thread."""
+        if not self._coming:
+            return
+        if self._stream is not None:
+            self._copied.record(self._stream)
+            self._copied.synchronize()
+        for place in self._coming:
+            self.pool.load(*place)
+        self._note("link", f"{len(self._coming)} experts", self._began)
+        self._coming.clear()
 
 
 def _sorted(scores: np.ndarray, mask: np.ndarray, descending: bool) -> np.ndarray:

@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 
+from spac.config import SpacConfig
+from spac.control import Control, Snapshot
+from spac.machine import MACHINES
 from spac.policy import POLICIES, ActivationAware, PrefetchOracle, Spac, make_policy
 from spac.utility import Calibrator, settle
 
@@ -126,3 +129,29 @@ def test_oracle_prefers_sooner_and_belady_keeps_it():
     assert np.flatnonzero(belady.wanted()).tolist() == [2]
     window(belady, [[2]])
     assert order(belady)[0] == 1  # 2 is never used again
+
+
+@pytest.mark.parametrize(("name", "rel"), [("spac", 0.1), ("lfu", 1e-9)])
+def test_windows_that_passed_during_a_round_of_copies_all_count(name, rel):
+    rng = np.random.default_rng()
+    counts = rng.integers(0, 5, (12, 3, 16)).cumsum(axis=0)  # before window 1, 2, ...
+    held, zeros = np.zeros((3, 16), dtype=bool), np.zeros((3, 16), dtype=np.int32)
+
+    def remembered(windows):
+        costs = MACHINES["h200"].cost(1 << 20, 1e6)
+        control = Control(SpacConfig(policy=name, rebalance_every=100), costs, 3, 16, 2, 12)
+        for w in windows:
+            control.observe(Snapshot(w, float(w), zeros, counts[w]), held)
+        control.close()
+        return control.policy.state["count"]
+
+    late, each = remembered((1, 11)), remembered(range(1, 12))
+    np.testing.assert_allclose(late.sum(axis=1), each.sum(axis=1), rtol=rel)
+
+
+def test_a_pause_of_many_windows_is_taken_in_at_once():
+    control = Control(SpacConfig(), MACHINES["h200"].cost(1 << 20, 1e6), 2, 8, 2, 4)
+    many = np.full((2, 8), 1 << 40, dtype=np.int64)
+    control.observe(Snapshot(1 << 30, 1.0, many.astype(np.int32) * 0, many), many < 0)
+    control.close()
+    assert control.policy.window == 64
