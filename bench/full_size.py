@@ -14,7 +14,6 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +38,9 @@ from spac.bench.synthetic import (
     Draft,
     ReplayedRouting,
     Synthetic,
+    Text,
     build,
-    cut,
     make_draft,
-    split,
-    tiled,
 )
 from spac.budget import kv_cache_bytes, parameter_bytes
 from spac.config import POLICIES, SpacConfig, format_bytes, parse_bytes
@@ -61,8 +58,8 @@ COLUMNS += ["GB/token", "copies/step", "GPU busy", "CPU busy", "PCIe busy", "of 
 PROVIDERS = ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident", "grouped-mm")
 WITHOUT_SLOTS = ("cpu", "stream", "resident", "grouped-mm")
 BASELINES = ("lru", "static", "cpu", "stream")
-COSTS = "costs that decide what is streamed: "  # `bench predict` reads them
-_PROFILED = 3  # windows after the timed ones, for the GPU's busy time
+RUN = "run: "  # begins the note that `bench predict` reads
+_PROFILED = Text.PROFILED  # windows after the timed ones, for the GPU's busy time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,23 +132,15 @@ def run(args: argparse.Namespace) -> Table:
     try:
         made = build(args.shape, trace, args.layers, device, args.weights)
         layers = len(made.store.layouts)
-        quarter = trace.shape[0] // 4
-        needed = quarter + args.warmup + args.tokens + 8 * (max(gammas) + 1)
-        text = tiled(trace, needed, args.shift)
-        begun, text = split(text, quarter)
-        spare = _PROFILED * (max(gammas) + 1)
-        windows = {
-            gamma: cut(text, args.warmup + args.tokens + spare, gamma, args.acceptance, args.seed)
-            for gamma in gammas
-        }
+        plan = _text(args, gammas)
+        begun, text, windows = plan.make(trace)
         routing = ReplayedRouting(text, layers, device)
-        rows = np.random.default_rng(args.seed).integers(0, begun.shape[0], args.prompt_tokens)
-        length = args.prompt_tokens + args.warmup + args.tokens + spare + 2 * max(gammas) + 8
+        length = args.prompt_tokens + args.warmup + args.tokens + plan.spare + 2 * max(gammas) + 8
         job = Job(
             made,
             routing,
             windows,
-            routing.window(begun.expert_ids[rows]),
+            routing.window(begun.expert_ids),
             make_draft(args.draft, made, length),
             args.warmup,
             length,
@@ -176,7 +165,8 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
     dense = _dense_bytes(made)
     rows: list[list[Any]] = []
     figures: dict[tuple[str, int, int], Figures] = {}
-    notes = [*_notes(args, job, machine, dense), COSTS + json.dumps(asdict(costs))]
+    run = {"shape": args.shape, "text": asdict(_text(args, gammas)), "costs": asdict(costs)}
+    notes = [*_notes(args, job, machine, dense), RUN + json.dumps(run)]
     ratios = _slots(args, made, everything, length)
     for slots, gamma, name in progress(list(product(ratios, gammas, args.providers)), "full size"):
         if time.perf_counter() - start > args.limit:
@@ -364,6 +354,11 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         f"{_PROFILED} profiled windows"
         + (f"; copies at most {args.link} GB/s" if args.link else ""),
     ]
+
+
+def _text(args: argparse.Namespace, gammas: list[int]) -> Text:
+    options = (args.prompt_tokens, args.acceptance, args.shift, args.seed)
+    return Text(tuple(gammas), args.tokens, args.warmup, *options)
 
 
 def _check(args: argparse.Namespace) -> list[int]:

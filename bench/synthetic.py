@@ -242,6 +242,39 @@ def split(trace: Trace, tokens: int) -> tuple[Trace, Trace]:
     return head, tail
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a full-size run decodes: a prompt, and after it `warmup` + `tokens` tokens in windows
+    of every draft length of `gammas`, and PROFILED windows more."""
+
+    gammas: tuple[int, ...]
+    tokens: int
+    warmup: int
+    prompt_tokens: int
+    acceptance: float  # chance of each drafted token
+    shift: int  # of expert ids when the trace repeats
+    seed: int
+
+    PROFILED = 3
+
+    @property
+    def spare(self) -> int:
+        return self.PROFILED * (max(self.gammas) + 1)
+
+    def make(self, trace: Trace) -> tuple[Trace, Trace, dict[int, list[Window]]]:
+        """The prompt, with rows of the trace's first quarter; the text after it; its windows."""
+        quarter = trace.shape[0] // 4
+        needed = quarter + self.warmup + self.tokens + 8 * (max(self.gammas) + 1)
+        begun, text = split(tiled(trace, needed, self.shift), quarter)
+        rng = np.random.default_rng(self.seed)
+        rows = begun.expert_ids[rng.integers(0, begun.shape[0], self.prompt_tokens)]
+        length = self.warmup + self.tokens + self.spare
+        windows = {
+            gamma: cut(text, length, gamma, self.acceptance, self.seed) for gamma in self.gammas
+        }
+        return Trace(rows, trace.num_experts, model=trace.model), text, windows
+
+
 def cut(trace: Trace, tokens: int, gamma: int, acceptance: float, seed: int) -> list[Window]:
     """Windows of gamma + 1 rows over the first `tokens` tokens of text."""
     source = WindowSource(trace, acceptance, "next", seed)

@@ -1,6 +1,6 @@
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -255,20 +255,24 @@ def test_bench_replay_and_balance(tmp_path, monkeypatch):
 
 
 def test_bench_predict(tmp_path):
-    pytest.importorskip("transformers")
+    full_size = pytest.importorskip("spac.bench.full_size")
     save_trace(tmp_path / "toy.npz", synthetic(64))
     row = {"provider": "spac", "slots": "30%", "gamma": 3, "draft ms": 3.0, "coverage": 0.5}
-    row |= {"ms/step": 10.0, "tokens/s": 100.0}
+    row |= {"ms/step": 10.0, "tokens/s": 100.0, "GB/token": 0.1, "copies/step": 1.0}
     rows = [row, row | {"provider": "resident", "slots": None}, row | {"provider": "lru"}]
-    (tmp_path / "m.json").write_text(json.dumps({"rows": rows}))
-    words = (str(tmp_path / "m.json"), "--trace", str(tmp_path / "toy.npz"), "--tokens", "24")
-    table = bench("predict", *words, "--warmup", "8")
+    text = full_size.Text((0, 3), 24, 8, 16, 0.7, 1, 0)
+    said = {"text": asdict(text), "costs": asdict(MACHINES["h200"].cost(1 << 20, 1e6))}
+    notes = ["another", full_size.RUN + json.dumps(said)]
+    (tmp_path / "m.json").write_text(json.dumps({"rows": rows, "notes": notes}))
+    words = (str(tmp_path / "m.json"), "--trace", str(tmp_path / "toy.npz"))
+    table = bench("predict", *words)
     found = [dict(zip(table.columns, r, strict=True)) for r in table.rows]
     assert [f["provider"] for f in found] == ["spac", "resident"]
     assert found[1]["coverage"] == 1 and found[0]["ms/step"] > found[1]["ms/step"] > 3
-    (tmp_path / "m.json").write_text("{}")
-    with pytest.raises(ValueError, match="m.json: no result of bench generate --shape"):
-        bench("predict", *words)
+    for text in ("{}", json.dumps({"rows": rows, "notes": notes[:1]})):
+        (tmp_path / "m.json").write_text(text)
+        with pytest.raises(ValueError, match="m.json: no result of bench generate --shape"):
+            bench("predict", *words)
 
 
 def test_bench_plot(tmp_path):
