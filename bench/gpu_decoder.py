@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spac.bench.kernels import graph_seconds
-from spac.kernels.fused_linear import fused_gated, fused_linear, rms_norm
+from spac.kernels.fused_linear import add_norm, fused_gated, fused_linear
 from spac.kernels.route import route
 from spac.kernels.window_attention import window_attention
 
@@ -37,9 +37,12 @@ def decoder(report: Any) -> list[str]:
                 name = f"{shape} attention W={W} L={length}"
                 lines.append(_attention(report, name, W, heads, kv, length))
     x, weight = _random(9, 2048), _random(2048)[0]
-    lines.append(_line(report, "norm W=9", lambda r: rms_norm(x[r], weight, 1e-6), None, 0))
-    logits = _random(9, 128)
-    lines.append(_line(report, "route W=9", lambda r: route(logits[r], 8, True, True), None, 0))
+    parts = [t.float() for t in _random(4, 9, 2048)]
+    norm = lambda r: add_norm(x[r], parts[r], weight, 1e-6)  # noqa: E731
+    lines.append(_line(report, "sum and norm W=9", norm, None, 0))
+    logits = [t.float() for t in _random(8, 9, 128)]
+    choose = lambda r: route(logits[r], 8, True, torch.bfloat16, True)  # noqa: E731
+    lines.append(_line(report, "route W=9", choose, None, 0))
     return lines
 
 
@@ -87,7 +90,8 @@ def _gated(report: Any, name: str, W: int, K: int, N: int) -> str:
 def _attention(report: Any, name: str, W: int, heads: int, kv: int, length: int) -> str:
     """torch: only the attention, over the whole cache with a mask, as transformers has it."""
     room = length + 64
-    qkv, cos, sin = _random(W, (heads + 2 * kv) * D), _random(W, D), _random(W, D)
+    cos, sin = _random(W, D), _random(W, D)
+    qkv = [t.float() for t in _random(2, W, (heads + 2 * kv) * D)]
     keys, values = _random(kv, room, D), _random(kv, room, D)
     norm, n = torch.ones(D, device=DEV, dtype=torch.bfloat16), torch.tensor(length, device=DEV)
     q = _random(1, kv, heads // kv * W, D)

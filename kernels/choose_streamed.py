@@ -1,6 +1,7 @@
 """Chooses the missing experts of a window that the GPU reads from host memory, in one program.
 
-Few numbers are involved: every expert is compared with every other to find its rank.
+Few numbers are involved, so that waiting for memory is what takes time: everything is loaded at
+once, and every expert is compared with every other to find its rank.
 """
 
 from __future__ import annotations
@@ -23,45 +24,39 @@ def _choose_streamed_kernel(
     cpu_ptr,
     num_pairs,
     E,
-    BLOCK_E: tl.constexpr,
+    EXPERTS: tl.constexpr,
     CHUNK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    missing_count = tl.zeros((), tl.int32)
-    for e0 in range(0, E, BLOCK_E):
-        offs = e0 + tl.arange(0, BLOCK_E)
-        n = tl.load(counts_ptr + offs, mask=offs < E, other=0)
-        absent = tl.load(address_ptr + offs, mask=offs < E, other=1) == 0
-        missing_count += tl.sum(((n > 0) & absent).to(tl.int32), axis=0)
-    take = tl.load(streams_ptr + missing_count)
-    taken = tl.zeros((), tl.int32)
-    for e0 in range(0, E, BLOCK_E):
-        offs = e0 + tl.arange(0, BLOCK_E)
-        n = tl.load(counts_ptr + offs, mask=offs < E, other=0)
-        slot = tl.load(address_ptr + offs, mask=offs < E, other=1)
-        missing = (n > 0) & (slot == 0)
-        rank = tl.zeros((BLOCK_E,), tl.int32)
-        for f0 in range(0, E, CHUNK_E):
-            other = f0 + tl.arange(0, CHUNK_E)
-            m = tl.load(counts_ptr + other, mask=other < E, other=0)
-            m = tl.where(tl.load(address_ptr + other, mask=other < E, other=1) == 0, m, 0)
-            before = (m[None, :] > n[:, None]) | (
-                (m[None, :] == n[:, None]) & (other[None, :] < offs[:, None])
-            )
-            rank += tl.sum(before.to(tl.int32), axis=1)
-        chosen = missing & (rank < take)
-        taken += tl.sum(chosen.to(tl.int32), axis=0)
-        host = tl.load(host_ptr + offs, mask=chosen, other=0)
-        tl.store(where_ptr + offs, tl.where(chosen, host, slot), mask=offs < E)
-    tl.store(streamed_ptr, tl.load(streamed_ptr) + taken)
-    tl.debug_barrier()  # below, threads read what others have stored
+    offs = tl.arange(0, EXPERTS)
+    mask = offs < E
+    n = tl.load(counts_ptr + offs, mask=mask, other=0)
+    slot = tl.load(address_ptr + offs, mask=mask, other=1)
+    host = tl.load(host_ptr + offs, mask=mask, other=0)
+    streams = tl.load(streams_ptr + offs, mask=mask, other=0)
+    all_missing = tl.load(streams_ptr + E)
+    missing = (n > 0) & (slot == 0)
+    count = tl.sum(missing.to(tl.int32), axis=0)
+    take = tl.where(count == E, all_missing, tl.sum(tl.where(offs == count, streams, 0), axis=0))
+    rank = tl.zeros((EXPERTS,), tl.int32)
+    for f0 in range(0, EXPERTS, CHUNK_E):
+        other = f0 + tl.arange(0, CHUNK_E)
+        m = tl.load(counts_ptr + other, mask=other < E, other=0)
+        m = tl.where(tl.load(address_ptr + other, mask=other < E, other=1) == 0, m, 0)
+        before = (m[None, :] > n[:, None]) | (
+            (m[None, :] == n[:, None]) & (other[None, :] < offs[:, None])
+        )
+        rank += tl.sum(before.to(tl.int32), axis=1)
+    chosen = missing & (rank < take)
+    tl.store(where_ptr + offs, tl.where(chosen, host, slot), mask=mask)
+    tl.store(streamed_ptr, tl.load(streamed_ptr) + tl.sum(chosen.to(tl.int32), axis=0))
+    left = tl.where(missing & (rank >= take), offs, -2)  # the CPU's, -2 is nobody's
     for p0 in range(0, num_pairs, BLOCK_P):
-        offs = p0 + tl.arange(0, BLOCK_P)
-        ids = tl.load(ids_ptr + offs, mask=offs < num_pairs, other=-1)
-        valid = (ids >= 0) & (ids < E)
-        for_cpu = valid & (tl.load(where_ptr + ids, mask=valid, other=1) == 0)
+        offs_p = p0 + tl.arange(0, BLOCK_P)
+        ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1).to(tl.int32)
+        mine = tl.max((ids[:, None] == left[None, :]).to(tl.int32), axis=1)
         minus = tl.full((BLOCK_P,), -1, tl.int32)
-        tl.store(cpu_ptr + offs, tl.where(for_cpu, ids.to(tl.int32), minus), mask=offs < num_pairs)
+        tl.store(cpu_ptr + offs_p, tl.where(mine > 0, ids, minus), mask=offs_p < num_pairs)
 
 
 def choose_streamed(
@@ -84,6 +79,7 @@ def choose_streamed(
     ids = ids.contiguous()
     where = torch.empty_like(address)
     cpu_ids = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+    experts = triton.next_power_of_2(E)
     _choose_streamed_kernel[(1,)](
         ids,
         counts,
@@ -95,9 +91,9 @@ def choose_streamed(
         cpu_ids,
         ids.numel(),
         E,
-        BLOCK_E=min(256, triton.next_power_of_2(E)),
-        CHUNK_E=64,
-        BLOCK_P=min(512, max(16, triton.next_power_of_2(ids.numel()))),
-        num_warps=4,
+        EXPERTS=experts,
+        CHUNK_E=min(experts, max(1, (1 << 14) // experts)),  # comparisons at a time
+        BLOCK_P=min(triton.next_power_of_2(ids.numel()), max(1, (1 << 13) // experts)),
+        num_warps=8,
     )
     return where, cpu_ids

@@ -1,10 +1,13 @@
-"""Dense layers over a few tokens: every weight is read once, in one launch.
+"""Dense layers over a few tokens: every weight is read once, by programs enough to fill the GPU.
 
-Up to three matrices that share an input (queries, keys, values) are one product; a gate and an up
-matrix end in their activation; a residual is added behind.
+Up to three matrices that share an input (queries, keys, values) are one product. A product is left
+in parts, fp32 [parts, T, N] over pieces of the sum, which the kernel that reads it adds up in order
+(`load_parts`): no launch and no atomics for that. A gate and an up matrix end in their activation.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -14,16 +17,23 @@ from torch import Tensor
 from spac.kernels.common import activate, gate_up_tile, matmul_tile
 from spac.kernels.config import TOKEN_ROWS, Tile, device_of, fit
 
+_PROGRAMS = 264  # two for each multiprocessor of an H200
+_PIECE = 256  # the shortest sum of a part
+
 
 @triton.jit
-def _store(out_ptr, residual_ptr, y, T, N, offs_n, ADD: tl.constexpr, BLOCK_M: tl.constexpr):
-    offs_t = tl.arange(0, BLOCK_M)
-    at = offs_t[:, None] * N + offs_n[None, :]
-    mask = (offs_t < T)[:, None] & (offs_n < N)[None, :]
-    y = y.to(out_ptr.dtype.element_ty)
-    if ADD:  # as torch does: the product is rounded first
-        y = y.to(tl.float32) + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+def load_parts(ptrs, mask, stride, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of the parts at `ptrs` + p * stride, in order, rounded to DTYPE."""
+    total = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    for p in tl.static_range(1, PARTS):
+        total += tl.load(ptrs + p * stride, mask=mask, other=0.0).to(tl.float32)
+    return total.to(DTYPE)
+
+
+def parts_args(parts: Tensor, dtype: torch.dtype) -> dict[str, object]:
+    """Keyword arguments of every kernel that reads `parts` [P, T, N] as values of `dtype`."""
+    kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    return {"stride_p": parts.stride(0), "PARTS": parts.shape[0], "DTYPE": kind[dtype]}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -35,41 +45,44 @@ def _linear_kernel(
     third,
     rows_1,
     rows_2,
-    residual_ptr,
     out_ptr,
     T,
     N,
     K,
-    ADD: tl.constexpr,
+    piece,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[t, n] = x_t . row n of the matrices one below the other. Grid (blocks of N,).
+    """out[p, t, n] = x_t . row n of the matrices, over the p-th `piece` of K. Grid (blocks of N,
+    parts).
 
-    Rows up to rows_1 lie behind w_ptr, up to rows_2 `second` elements further than if the first
-    matrix went on, then `third`.
+    The matrices lie behind w_ptr one below the other, but from row rows_1 on `second` elements
+    further, from row rows_2 on `third`.
     """
+    part = tl.program_id(1)
     offs_t = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gap = tl.where(offs_n < rows_1, 0, tl.where(offs_n < rows_2, second, third))
+    begin = part * piece
     y = matmul_tile(
-        x_ptr,
+        x_ptr + begin,
         offs_t,
         stride_xt,
         offs_t < T,
         w_ptr,
-        offs_n.to(tl.int64) * K + gap,
+        offs_n.to(tl.int64) * K + gap + begin,
         offs_n < N,
         1,
-        K,
+        tl.minimum(piece, K - begin),
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         EVEN_K,
     )
-    _store(out_ptr, residual_ptr, y, T, N, offs_n, ADD, BLOCK_M)
+    at = (part * T + offs_t)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptr + at, y, mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -99,49 +112,56 @@ def _gated_kernel(
     dtype = out_ptr.dtype.element_ty
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
     act = activate(gate, tl.full(gate.shape, 1.0, tl.float32), 0.0, 0.0, ACTIVATION)
-    y = act.to(dtype).to(tl.float32) * up
-    _store(out_ptr, out_ptr, y, T, N, n0 + tl.arange(0, BLOCK_N), False, BLOCK_M)
+    y = (act.to(dtype).to(tl.float32) * up).to(dtype)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask = (offs_t < T)[:, None] & (offs_n < N)[None, :]
+    tl.store(out_ptr + offs_t[:, None] * N + offs_n[None, :], y, mask=mask)
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, K, eps, BLOCK: tl.constexpr):
-    row, offs = tl.program_id(0) * K, tl.arange(0, BLOCK)
-    mask = offs < K
-    x = tl.load(x_ptr + row + offs, mask=mask, other=0.0)
-    w = tl.load(weight_ptr + offs, mask=mask, other=0.0)
-    x32 = x.to(tl.float32)
-    x32 *= tl.rsqrt(tl.sum(x32 * x32, axis=0) / K + eps)
-    y = x32.to(x.dtype).to(tl.float32) * w.to(tl.float32)
-    tl.store(out_ptr + row + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+def _add_norm_kernel(
+    x_ptr,
+    parts_ptr,
+    stride_p,
+    weight_ptr,
+    sum_ptr,
+    out_ptr,
+    K,
+    eps,
+    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    mask, at = offs < K, tl.program_id(0) * K + offs
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        y = load_parts(parts_ptr + at, mask, stride_p, PARTS, DTYPE)
+        total = (x + y.to(tl.float32)).to(DTYPE)
+        tl.store(sum_ptr + at, total, mask=mask)
+        x = total.to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, axis=0) / K + eps)
+    tl.store(out_ptr + at, (w * x.to(DTYPE).to(tl.float32)).to(DTYPE), mask=mask)
 
 
-def _tile(x: Tensor, columns: int) -> Tile:
-    if x.dtype == torch.float32:
-        return Tile(TOKEN_ROWS, 16, 64, 4, 2)
-    return fit(
-        Tile(TOKEN_ROWS, 16, 256, 4, 5), columns, x.element_size(), device_of(x.device).shared
-    )
+def fused_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """x [T <= 16, K] times up to three matrices [N_i, K], in parts: fp32 [parts, T, sum of N_i].
 
-
-def _gap(first: Tensor, other: Tensor, rows: int) -> int:
-    """Elements between where `other` begins and where `first` would have its row `rows`."""
-    return (other.data_ptr() - first.data_ptr()) // first.element_size() - rows * first.shape[1]
-
-
-def fused_linear(x: Tensor, weights: list[Tensor], residual: Tensor | None = None) -> Tensor:
-    """x [T <= 16, K] times up to three matrices [N_i, K]: [T, sum of N_i], plus `residual`.
-
-    All of one dtype, which is the result's; sums in fp32. Raises ValueError for other arguments.
+    All of one dtype. Raises ValueError for other arguments.
     """
     T, K = _check(x, weights, 3)
     first, rows = weights[0], [w.shape[0] for w in weights]
     N = sum(rows)
-    out = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
-        raise ValueError(f"residual: expected {[T, N]} in one piece, got {list(residual.shape)}")
+    tile = _tile(x, 32, 1)
+    blocks = triton.cdiv(N, tile.block_n)
+    parts = max(1, min(2 ** round(math.log2(max(1, _PROGRAMS / blocks))), K // _PIECE))
+    piece = triton.cdiv(triton.cdiv(K, parts), tile.block_k) * tile.block_k
+    parts = triton.cdiv(K, piece)
+    out = torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
     gaps = [_gap(first, w, sum(rows[:i])) for i, w in enumerate(weights)]
-    tile = _tile(x, 1)
-    _linear_kernel[(triton.cdiv(N, tile.block_n),)](
+    _linear_kernel[(blocks, parts)](
         x,
         x.stride(0),
         first,
@@ -149,12 +169,11 @@ def fused_linear(x: Tensor, weights: list[Tensor], residual: Tensor | None = Non
         gaps[-1],
         rows[0],
         sum(rows[:2]),
-        out if residual is None else residual,
         out,
         T=T,
         N=N,
         K=K,
-        ADD=residual is not None,
+        piece=piece,
         EVEN_K=K % tile.block_k == 0,
         **tile.launch(),
     )
@@ -166,7 +185,7 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     T, K = _check(x, [gate, up], 2)
     N = gate.shape[0]
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    tile = _tile(x, 2)
+    tile = _tile(x, 16, 2)
     _gated_kernel[(triton.cdiv(N, tile.block_n),)](
         x,
         x.stride(0),
@@ -183,14 +202,41 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) for rows x [T, K], rounded as transformers' RMSNorm."""
-    out = torch.empty_like(x)
+def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, K] plus the sum of `parts` [P, T, K], and RMSNorm of that, rounded as transformers has
+    it. x and weight [K] of one dtype."""
     T, K = x.shape
-    _rms_norm_kernel[(T,)](
-        x.contiguous(), weight, out, K, eps, BLOCK=triton.next_power_of_2(K), num_warps=8
+    x = x.contiguous()
+    if parts is not None and (parts.shape[1:] != x.shape or not parts.is_contiguous()):
+        raise ValueError(f"parts: expected [P, {T}, {K}] in one piece, got {list(parts.shape)}")
+    total = x if parts is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    _add_norm_kernel[(T,)](
+        x,
+        x if parts is None else parts,
+        weight_ptr=weight,
+        sum_ptr=total,
+        out_ptr=out,
+        K=K,
+        eps=eps,
+        ADD=parts is not None,
+        BLOCK=triton.next_power_of_2(K),
+        num_warps=8,
+        **parts_args(x[None] if parts is None else parts, x.dtype),
     )
-    return out
+    return total, out
+
+
+def _tile(x: Tensor, block_n: int, columns: int) -> Tile:
+    if x.dtype == torch.float32:
+        return Tile(TOKEN_ROWS, 16, 64, 4, 2)
+    shared = device_of(x.device).shared
+    return fit(Tile(TOKEN_ROWS, block_n, 128, 4, 5), columns, x.element_size(), shared)
+
+
+def _gap(first: Tensor, other: Tensor, rows: int) -> int:
+    """Elements between where `other` begins and where `first` would have its row `rows`."""
+    return (other.data_ptr() - first.data_ptr()) // first.element_size() - rows * first.shape[1]
 
 
 def _check(x: Tensor, weights: list[Tensor], most: int) -> tuple[int, int]:

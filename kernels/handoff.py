@@ -42,14 +42,16 @@ def _ring_kernel(bell_ptr, window_ptr, layer):
 
 
 @triton.jit
-def _wait_kernel(done_ptr, failed_ptr, window_ptr, layer, max_polls):
+def _wait_kernel(done_ptr, failed_ptr, window_ptr, polls_ptr, layer, max_polls):
     """One program. Gives up after `max_polls`, and at once if a wait before it gave up."""
     window = tl.load(window_ptr)
-    left = tl.where(tl.load(failed_ptr, volatile=True) == 0, max_polls, 0)
+    most = tl.where(tl.load(failed_ptr, volatile=True) == 0, max_polls, 0)
+    left = most
     done = tl.load(done_ptr + layer, volatile=True)
     while (done < window) & (left > 0):
         left -= 1
         done = tl.load(done_ptr + layer, volatile=True)
+    tl.store(polls_ptr + layer, most - left)
     if done < window:
         tl.store(failed_ptr, 1)
 
@@ -73,7 +75,15 @@ def send(
 
 
 def wait(
-    done: Tensor, failed: Tensor, window: Tensor, layer: int, max_polls: int = _MAX_POLLS
+    done: Tensor,
+    failed: Tensor,
+    window: Tensor,
+    polls: Tensor,
+    layer: int,
+    max_polls: int = _MAX_POLLS,
 ) -> None:
-    """Until done[layer] >= window; a wait that is too long sets `failed` and goes on."""
-    _wait_kernel[(1,)](done, failed, window, layer, max_polls, num_warps=1)
+    """Until done[layer] >= window; a wait that is too long sets `failed` and goes on.
+
+    polls int32 [L], on the device: how many more looks than one it took, a microsecond each.
+    """
+    _wait_kernel[(1,)](done, failed, window, polls, layer, max_polls, num_warps=1)

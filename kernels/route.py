@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spac.kernels import verify as verify_kernel
+from spac.kernels.fused_linear import load_parts, parts_args
 from spac.kernels.verify import Outputs, check_state, count_experts, empty_outputs, split_pairs
 
 ROWS = 4  # tokens of a routing program: one for each of its warps
@@ -32,13 +33,17 @@ def _route(
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     ROUND: tl.constexpr = False,
+    stride_p=0,
+    PARTS: tl.constexpr = 1,
+    DTYPE: tl.constexpr = tl.float32,
 ):
-    """Weights and ids of ROWS tokens from row0 on; ROUND: to the dtype of the logits."""
+    """Weights and ids of ROWS tokens from row0 on; ROUND: weights to DTYPE, that of the logits."""
     rows = row0 + tl.arange(0, ROWS)
     offs_e = tl.arange(0, EXPERTS)[None, :]
     offs_j = tl.arange(0, CHOICES)[None, :]
     mask = (rows < W)[:, None] & (offs_e < E)
-    logits = tl.load(logits_ptr + rows[:, None] * stride_w + offs_e, mask=mask, other=0.0)
+    logits_ptrs = logits_ptr + rows[:, None] * stride_w + offs_e
+    logits = load_parts(logits_ptrs, mask, stride_p, PARTS, DTYPE)
     logits = tl.where(offs_e < E, logits.to(tl.float32), float("-inf"))
     exps = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     left = tl.where(offs_e < E, exps / tl.sum(exps, axis=1)[:, None], -1.0)
@@ -53,7 +58,7 @@ def _route(
     if NORMALIZE:
         weights = weights / tl.sum(weights, axis=1)[:, None]
     if ROUND:
-        weights = weights.to(logits_ptr.dtype.element_ty).to(tl.float32)
+        weights = weights.to(DTYPE).to(tl.float32)
     mask = (rows < W)[:, None] & (offs_j < K)
     tl.store(weights_ptr + rows[:, None] * K + offs_j, weights, mask=mask)
     tl.store(ids_ptr + rows[:, None] * K + offs_j, ids, mask=mask)
@@ -73,29 +78,36 @@ def _route_kernel(
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     ROUND: tl.constexpr,
+    stride_p,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Grid (blocks of ROWS tokens,)."""
     _route(
         tl.program_id(0) * ROWS, logits_ptr, stride_w, weights_ptr, ids_ptr, W, E, K, CHOICES,
-        NORMALIZE, EXPERTS, ROWS, ROUND,
+        NORMALIZE, EXPERTS, ROWS, ROUND, stride_p, PARTS, DTYPE,
     )  # fmt: skip
 
 
-def route(logits: Tensor, top_k: int, normalize: bool, rounded: bool) -> tuple[Tensor, Tensor]:
-    """As `spac.reference.route`; with `rounded` the fp32 weights have values of logits' dtype."""
-    W, E = logits.shape
+def route(
+    logits: Tensor, top_k: int, normalize: bool, dtype: torch.dtype, rounded: bool
+) -> tuple[Tensor, Tensor]:
+    """As `spac.reference.route`, for logits [parts, W, E] as `fused_linear` leaves them.
+
+    The logits' sum is rounded to `dtype`, with `rounded` the weights (fp32) as well.
+    """
+    _, W, E = logits.shape
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k: expected 1..{E}, got {top_k}")
     weights = torch.empty(W, top_k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(W, top_k, dtype=torch.int32, device=logits.device)
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     _route_kernel[(triton.cdiv(W, ROWS),)](
-        logits,
-        logits.stride(0),
-        weights,
-        ids,
-        W,
-        E,
+        logits_ptr=logits,
+        stride_w=logits.stride(1),
+        weights_ptr=weights,
+        ids_ptr=ids,
+        W=W,
+        E=E,
         K=top_k,
         CHOICES=triton.next_power_of_2(top_k),
         NORMALIZE=normalize,
@@ -103,6 +115,7 @@ def route(logits: Tensor, top_k: int, normalize: bool, rounded: bool) -> tuple[T
         ROWS=ROWS,
         ROUND=rounded,
         num_warps=ROWS,
+        **parts_args(logits, dtype),
     )
     return weights, ids
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spac.kernels.config import TOKEN_ROWS
 from spac.kernels.dot import dot
+from spac.kernels.fused_linear import load_parts, parts_args
 
 _BLOCK = 32  # cached positions that are read at a time
 _PROGRAMS = 132
@@ -43,6 +44,7 @@ def _rotate(a, b, cos, sin, SIGN: tl.constexpr):
 @triton.jit
 def _load_heads(
     x_ptr,
+    stride_p,
     at,
     mask,
     norm_ptr,
@@ -54,6 +56,8 @@ def _load_heads(
     HALF: tl.constexpr,
     NORM: tl.constexpr,
     AXIS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Both halves of heads at offsets `at`, normalised and rotated.
 
@@ -63,8 +67,8 @@ def _load_heads(
     offs = tl.expand_dims(tl.arange(0, HALF), 1 - AXIS)
     half: tl.constexpr = D // 2
     mask = mask & (offs < half)
-    lo = tl.load(x_ptr + at + offs, mask=mask, other=0.0)
-    hi = tl.load(x_ptr + at + half + offs, mask=mask, other=0.0)
+    lo = load_parts(x_ptr + at + offs, mask, stride_p, PARTS, DTYPE)
+    hi = load_parts(x_ptr + at + half + offs, mask, stride_p, PARTS, DTYPE)
     if NORM:
         w_lo = tl.load(norm_ptr + offs, mask=offs < half, other=0.0)
         w_hi = tl.load(norm_ptr + half + offs, mask=offs < half, other=0.0)
@@ -93,6 +97,7 @@ def _step(q_lo, q_hi, k_lo, k_hi, v, mask, scale, top, total, acc):
 @triton.jit(do_not_specialize=["W"])
 def _window_attention_kernel(
     qkv_ptr,
+    stride_p,
     stride_t,
     cos_ptr,
     sin_ptr,
@@ -119,6 +124,8 @@ def _window_attention_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Grid (key heads, SPLITS + 1). Row r of a key head is token r // GROUPS, query head r % GROUPS
     of its group. part [kv_heads, SPLITS + 1, ROWS, D], top and total [.., ROWS]; scale for exp2.
@@ -134,8 +141,8 @@ def _window_attention_kernel(
     t, g = rows // GROUPS, rows % GROUPS
     at = t * stride_t + (head * GROUPS + g) * D
     q_lo, q_hi = _load_heads(
-        qkv_ptr, at[:, None], (t < W)[:, None], q_norm_ptr, eps, cos_ptr, sin_ptr,
-        (t * stride_rotary)[:, None], D, HALF, NORM, 1,
+        qkv_ptr, stride_p, at[:, None], (t < W)[:, None], q_norm_ptr, eps, cos_ptr, sin_ptr,
+        (t * stride_rotary)[:, None], D, HALF, NORM, 1, PARTS, DTYPE,
     )  # fmt: skip
     top = tl.full((ROWS,), -1.0e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -158,11 +165,12 @@ def _window_attention_kernel(
         new = tl.arange(0, TOKENS)
         mine = new * stride_t + (kv_heads * GROUPS + head) * D
         k_lo, k_hi = _load_heads(
-            qkv_ptr, mine[None, :], (new < W)[None, :], k_norm_ptr, eps, cos_ptr, sin_ptr,
-            (new * stride_rotary)[None, :], D, HALF, NORM, 0,
+            qkv_ptr, stride_p, mine[None, :], (new < W)[None, :], k_norm_ptr, eps, cos_ptr, sin_ptr,
+            (new * stride_rotary)[None, :], D, HALF, NORM, 0, PARTS, DTYPE,
         )  # fmt: skip
         mask_v = (new < W)[:, None] & (offs_d < D)
-        v = tl.load(qkv_ptr + (mine + kv_heads * D)[:, None] + offs_d, mask=mask_v, other=0.0)
+        v_ptrs = qkv_ptr + (mine + kv_heads * D)[:, None] + offs_d
+        v = load_parts(v_ptrs, mask_v, stride_p, PARTS, DTYPE)
         place = cache + (length + new) * D
         mask_k = (new < W)[None, :] & (offs_h < half)
         tl.store(keys_ptr + place[None, :] + offs_h, k_lo, mask=mask_k)
@@ -224,17 +232,18 @@ def window_attention(
 ) -> Tensor:
     """Attention outputs [W, heads * D] of the W <= 16 tokens behind the cache's first `length`.
 
-    qkv [W, (heads + 2 * kv_heads) * D]: the projections, queries first. cos, sin [W, D] of the
+    qkv [parts, W, (heads + 2 * kv_heads) * D]: the projections, queries first, as `fused_linear`
+    leaves them. cos, sin [W, D] of the
     rotary embedding (its halves as in Llama). q_norm, k_norm [D]: RMSNorm of every head, or None.
     keys, values [kv_heads, L, D] get the new rows; length: int64 scalar tensor, not changed.
     Raises ValueError for other shapes.
     """
     kv_heads, room, D = keys.shape
-    W, width = qkv.shape
+    _, W, width = qkv.shape
     heads = width // D - 2 * kv_heads
     if not 1 <= W <= TOKEN_ROWS or heads < 1 or heads % kv_heads or width % D or D % 2:
         raise ValueError(
-            f"qkv: expected [1..{TOKEN_ROWS}, (heads + 2 * {kv_heads}) * {D}], "
+            f"qkv: expected [parts, 1..{TOKEN_ROWS}, (heads + 2 * {kv_heads}) * {D}], "
             f"got {list(qkv.shape)}"
         )
     if keys.stride() != values.stride() or keys.stride()[1:] != (D, 1) or cos.shape != (W, D):
@@ -247,7 +256,7 @@ def window_attention(
     rows = max(16, triton.next_power_of_2(W * groups))
     part = torch.empty(kv_heads, splits + 1, rows, D, dtype=torch.float32, device=qkv.device)
     top, total = torch.empty(2, kv_heads, splits + 1, rows, dtype=torch.float32, device=qkv.device)
-    out = torch.empty(W, heads * D, dtype=qkv.dtype, device=qkv.device)
+    out = torch.empty(W, heads * D, dtype=keys.dtype, device=qkv.device)
     shared = {
         "GROUPS": groups,
         "D": D,
@@ -257,28 +266,29 @@ def window_attention(
         "SPLITS": splits,
     }
     _window_attention_kernel[(kv_heads, splits + 1)](
-        qkv,
-        qkv.stride(0),
-        cos,
-        sin,
-        cos.stride(0),
-        qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm,
-        eps,
-        keys,
-        values,
-        keys.stride(0),
-        length,
-        part,
-        top,
-        total,
-        scale * 1.4426950408889634,  # log2(e)
-        W,
-        kv_heads,
+        qkv_ptr=qkv,
+        stride_t=qkv.stride(1),
+        cos_ptr=cos,
+        sin_ptr=sin,
+        stride_rotary=cos.stride(0),
+        q_norm_ptr=qkv if q_norm is None else q_norm,
+        k_norm_ptr=qkv if k_norm is None else k_norm,
+        eps=eps,
+        keys_ptr=keys,
+        values_ptr=values,
+        stride_head=keys.stride(0),
+        length_ptr=length,
+        part_ptr=part,
+        top_ptr=top,
+        total_ptr=total,
+        scale=scale * 1.4426950408889634,  # log2(e)
+        W=W,
+        kv_heads=kv_heads,
         HALF=max(16, triton.next_power_of_2(D // 2)),
         NORM=q_norm is not None,
         TOKENS=TOKEN_ROWS,
         num_warps=8 if rows > 64 else 4,
+        **parts_args(qkv, keys.dtype),
         **shared,
     )
     _sum_parts_kernel[(heads, W)](

@@ -14,6 +14,7 @@ from spac.config import SpacConfig
 from spac.cost import CostModel
 from spac.policy import Spac, make_policy
 from spac.profile import Profile
+from spac.split import Split, Work
 
 _CATCH_UP = (
     64  # windows: of those that went by during one long round of copies, at most so many count
@@ -29,6 +30,7 @@ class Snapshot:
     utility: np.ndarray  # int32 [L, E]
     frequency: np.ndarray  # int64 [L, E], pairs since attach
     prompt: np.ndarray | None = None  # [L, E], pairs per window, if a prompt was read before it
+    work: Work | None = None  # of the window before, if the worker's clock is known
 
 
 class Control:
@@ -54,6 +56,7 @@ class Control:
         )
         self.bounds = self.estimator.calibrator.bounds.copy()  # replaced, never changed in place
         self.plan: Plan | None = None
+        self.split: Split | None = None  # if the GPU reads missing experts itself
         self.prior: Profile | None = None  # what it began with
         self.balancer = BalancerThread()
         self._expected = np.zeros((num_layers, num_experts))  # pairs per window, smoothed
@@ -80,6 +83,8 @@ class Control:
         """Take in the windows since the last snapshot; held: experts in slots or on their way."""
         if snapshot.prompt is not None:
             self._begin_from(snapshot.prompt)
+        if self.split is not None and snapshot.work is not None:
+            self.split.observe(snapshot.work)
         passed = max(snapshot.window - self._window, 1)
         rate = (snapshot.frequency - self._frequency) / passed
         decay = 0.8**passed

@@ -103,13 +103,14 @@ class CostModel:
         cpu, link = self.cpu(experts, pairs), self.stream(experts)
         return cpu * link / np.maximum(cpu + link, 1e-30)
 
-    def streams(self, most: int) -> NDArray[np.int32]:
+    def streams(self, most: int, busy: float = 0.0) -> NDArray[np.int32]:
         """Of n = 0..most missing experts with a pair each, how many the GPU should read from host
-        memory while the CPU computes the others: int32 [most + 1]."""
+        memory while the CPU computes the others, when its resident ones take `busy` seconds: int32
+        [most + 1]."""
         n = np.arange(most + 1)[:, None]
         streamed = np.arange(most + 1)[None, :]
         left = np.maximum(n - streamed, 0)
-        seconds = np.maximum(self.cpu(left, left), self.stream(streamed))
+        seconds = np.maximum(self.cpu(left, left), busy + self.stream(streamed))
         return np.where(streamed <= n, seconds, np.inf).argmin(axis=1).astype(np.int32)
 
     def beside_link(self, most: int) -> CostModel:

@@ -1,7 +1,7 @@
 """Decoder layers of known models in few launches, for windows of up to 16 tokens.
 
 A transformers layer runs about forty kernels at that size, most of which last no longer than their
-launch. Here they are eight and the experts' own (kernels/fused_linear.py, window_attention.py,
+launch. Here they are seven and the experts' own (kernels/fused_linear.py, window_attention.py,
 route.py). Intermediate results are rounded where the eager layer rounds them; only the order of
 sums differs. The model itself is never changed: `few_launches` replaces the layers' forward as long
 as it lasts.
@@ -38,9 +38,11 @@ def few_launches(model: PreTrainedModel) -> Iterator[None]:
     They leave the lengths of the cache's layers to the caller. Only for models that `can_run`.
     """
     layers = _decoder_layers(model)
+    pending: list[Tensor] = []
     try:
         for layer in layers:
-            layer.__dict__["forward"] = functools.partial(_forward, layer)
+            forward = functools.partial(_forward, layer, pending, layer is layers[-1])
+            layer.__dict__["forward"] = forward
         yield
     finally:
         for layer in layers:
@@ -69,27 +71,34 @@ def _known(layer: Any) -> bool:
 
 def _forward(
     layer: Any,
+    pending: list[Tensor],
+    last: bool,
     hidden_states: Tensor,
     *,
     position_embeddings: tuple[Tensor, Tensor],
     past_key_values: Any,
     **_: Any,
 ) -> Tensor:
-    from spac.kernels.fused_linear import fused_gated, fused_linear, rms_norm
+    """A layer leaves the sum behind its MLP to the next one's norm, which finds it in `pending`."""
+    from spac.kernels.fused_linear import add_norm, fused_gated, fused_linear
 
-    hidden = hidden_states[0]
+    before = pending.pop() if pending else None
     norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
-    x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
+    hidden, x = add_norm(hidden_states[0], before, norm.weight, norm.variance_epsilon)
     heads = _attention(attention, x, position_embeddings, past_key_values)
-    hidden = fused_linear(heads, [attention.o_proj.weight], hidden)
+    after = fused_linear(heads, [attention.o_proj.weight])
     norm = layer.post_attention_layernorm
-    x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
+    hidden, x = add_norm(hidden, after, norm.weight, norm.variance_epsilon)
     if hasattr(mlp, "experts"):
-        hidden = hidden + _experts(mlp, x)
+        rest = _experts(mlp, x)[None]
     else:
         activation = _ACTIVATIONS[type(mlp.act_fn).__name__]
         h = fused_gated(x, mlp.gate_proj.weight, mlp.up_proj.weight, activation)
-        hidden = fused_linear(h, [mlp.down_proj.weight], hidden)
+        rest = fused_linear(h, [mlp.down_proj.weight])
+    if last:
+        hidden = hidden + rest.sum(0).to(hidden.dtype)
+    else:
+        pending.append(rest)
     return hidden[None]
 
 
@@ -103,9 +112,9 @@ def _attention(
     qkv = fused_linear(x, [p.weight for p in projections])
     cache, D = past_key_values.layers[attention.layer_idx], attention.head_dim
     if not cache.is_initialized:
-        kv = qkv[:, -2 * attention.v_proj.out_features :].unflatten(1, (2, -1, D))
-        key, value = kv.permute(1, 2, 0, 3)[:, None]
-        cache.lazy_initialization(key, value)
+        kv = qkv[0, :, -2 * attention.v_proj.out_features :].unflatten(1, (2, -1, D))
+        key, value = kv.permute(1, 2, 0, 3)[:, None].to(x.dtype)
+        cache.lazy_initialization(key, value)  # for their shapes
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return window_attention(
         qkv,
@@ -128,6 +137,7 @@ def _experts(mlp: Any, x: Tensor) -> Tensor:
     gate = mlp.gate
     logits = fused_linear(x, [gate.weight])
     rounded = type(gate).__name__ == _ROUNDED
-    weights, ids = route(logits, gate.top_k, getattr(gate, "norm_topk_prob", True), rounded)
+    normalize = getattr(gate, "norm_topk_prob", True)
+    weights, ids = route(logits, gate.top_k, normalize, x.dtype, rounded)
     out: Tensor = mlp.experts(x, ids, weights)
     return out

@@ -32,6 +32,9 @@ from spac.handoff import HandOff
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
 from spac.prefill import Prefill, area_experts
+from spac.split import Split, Work
+from spac.staging import Staging
+from spac.state import LayerState
 from spac.store import HostStore
 
 COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
@@ -63,20 +66,23 @@ class Engine:
         num_layers, num_experts = len(layouts), layouts[0].num_experts
         self.store, self.config, self.device, self.top_k = store, config, device, top_k
         self.pool = SlotPool(layouts, num_slots, device)
-        self.utility = torch.zeros(num_layers, num_experts, dtype=torch.int32, device=device)
-        self.frequency = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
-        self.counters = torch.zeros(num_layers, 4, dtype=torch.int64, device=device)
+        # What windows change, in one piece of memory: one copy shows it to the host.
+        self._state = LayerState.zeros(num_layers, num_experts, device)
+        self.utility, self.frequency = self._state.utility, self._state.frequency
+        self.counters, self.streamed = self._state.counters, self._state.streamed
         # Every expert has a slot from the first fill on: the CPU never has anything to do.
         self._everything = num_slots >= num_layers * num_experts
         # How many of n missing experts the GPU reads from host memory itself; None: it does not.
         self.streams: Tensor | None = None
-        self.streamed = torch.zeros(num_layers, 1, dtype=torch.int64, device=device)
         wanted = self._cuda if config.stream_missing is None else config.stream_missing
         balanced = costs
         if wanted and not self._everything:
-            self.streams = torch.from_numpy(costs.streams(num_experts)).to(device)
             balanced = costs.beside_link(num_experts)
         self.control = Control(config, balanced, num_layers, num_experts, top_k, num_slots)
+        if balanced is not costs:
+            self.control.split = Split(costs, num_experts)
+            self._streams_shown = self.control.split.streams
+            self.streams = torch.from_numpy(self._streams_shown).to(device)
         self.bounds = torch.from_numpy(self.control.bounds).to(device)
         self._bounds_shown = self.control.bounds
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
@@ -107,12 +113,15 @@ class Engine:
             (num_layers, config.max_window, top_k), -1, dtype=torch.int32, device=device
         )
         self._width = 0
-        self._staging: _Staging | None = None
+        # For the split: when the worker was busy in the last window, and what was counted before.
+        self._worker_times: np.ndarray | None = None
+        self._counted: tuple[np.ndarray, np.ndarray] | None = None
+        self._staging: Staging | None = None
         self._forwarding = threading.Lock()
         self._process = os.getpid()
         try:
             if self._cuda:
-                self._staging = _Staging(config.max_window, layouts[0].hidden, top_k)
+                self._staging = Staging(config.max_window, layouts[0].hidden, top_k)
             self.copier.fill(first)
         except BaseException:
             self.control.close()
@@ -248,26 +257,22 @@ class Engine:
         if self.handoff is None:
             return
         self.handoff.check()
-        times = self.handoff.times.tolist()
+        times = self._worker_times = self.handoff.times.numpy() * 1e-9
         self.handoff.times.zero_()
-        for layer, (start, end) in enumerate(times):
-            if start:
-                self.cpu_seconds += (end - start) * 1e-9
-                if self.spans is not None:
-                    self.spans.append(("cpu", f"layer {layer}", start * 1e-9, end * 1e-9))
+        self.cpu_seconds += float((times[:, 1] - times[:, 0]).sum())
+        if self.spans is not None:
+            for layer, (start, end) in enumerate(times.tolist()):
+                if start:
+                    self.spans.append(("cpu", f"layer {layer}", start, end))
 
-    def save(self) -> tuple[int, list[Tensor]]:
+    def save(self) -> tuple[int, Tensor]:
         """What a window changes, for `load`."""
-        return self.windows, [t.clone() for t in self._moving()]
+        return self.windows, self._state.memory.clone()
 
-    def load(self, saved: tuple[int, list[Tensor]]) -> None:
+    def load(self, saved: tuple[int, Tensor]) -> None:
         """Undo what windows changed since `save`."""
-        self.windows, tensors = saved
-        for target, source in zip(self._moving(), tensors, strict=True):
-            target.copy_(source)
-
-    def _moving(self) -> tuple[Tensor, ...]:
-        return self.utility, self.frequency, self.counters, self.streamed
+        self.windows, memory = saved
+        self._state.memory.copy_(memory)
 
     @property
     def streamed_bytes(self) -> int:
@@ -296,8 +301,15 @@ class Engine:
             raise RuntimeError(
                 f"spac: the copy thread stopped: {self.copier.error}"
             ) from self.copier.error
+        last_width, self._width = self._width, width
         self.windows += 1
-        self._width, self._began = width, time.perf_counter()
+        self._began = time.perf_counter()
+        split = self.control.split
+        if split is not None and self.streams is not None:
+            streams = split.streams
+            if streams is not self._streams_shown:
+                self.streams.copy_(torch.from_numpy(streams))
+                self._streams_shown = streams
         bounds = self.control.bounds
         if bounds is not self._bounds_shown:
             self.bounds.copy_(torch.from_numpy(bounds))
@@ -305,15 +317,31 @@ class Engine:
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
         if self.copier.is_alive():
-            utility, frequency = self.utility.cpu().clone(), self.frequency.cpu().clone()
+            state = self._state.on_host()
             prompt = None if self._snapshot is None else self._snapshot.prompt  # one never sent
             if self._prompt_tokens:
                 prompt = self._prompt_pairs.cpu().numpy() * (width / self._prompt_tokens)
                 self._prompt_pairs.zero_()
                 self._prompt_tokens = 0
             self._snapshot = Snapshot(
-                self.windows, time.perf_counter(), utility.numpy(), frequency.numpy(), prompt
+                self.windows,
+                time.perf_counter(),
+                state.utility.numpy(),
+                state.frequency.numpy(),
+                prompt,
+                self._work(last_width, state),
             )
+
+    def _work(self, width: int, state: LayerState) -> Work | None:
+        """Of the last window, if it went by flags."""
+        times, self._worker_times = self._worker_times, None
+        before, self._counted = self._counted, (state.counters.numpy(), state.streamed.numpy())
+        if times is None or before is None:
+            return None
+        assert self.handoff is not None
+        waited = self.handoff.waited.cpu().numpy() * 1e-6
+        counts, streamed = (now - then for now, then in zip(self._counted, before, strict=True))
+        return Work(width, counts, streamed[:, 0], times, waited)
 
     def launched(self) -> None:
         """The host has nothing more to do for the window: the copy thread may have its turn.
@@ -356,33 +384,3 @@ def _count(pairs: Tensor, ids: Tensor) -> None:
     """Add the pairs of ids [T, k] to those of each expert, int64 [E]."""
     valid = (ids >= 0) & (ids < len(pairs))
     pairs.scatter_add_(0, torch.where(valid, ids, 0).flatten().long(), valid.flatten().long())
-
-
-class _Staging:
-    """Pinned buffers for one layer's hand-over to the CPU and back, reused by every layer.
-
-    Reuse is safe: `receive` waits for an event that lies behind the previous layer's copies.
-    """
-
-    def __init__(self, tokens: int, hidden: int, top_k: int) -> None:
-        self._ids = torch.empty(tokens, top_k, dtype=torch.int32, pin_memory=True)
-        self._weights = torch.empty(tokens, top_k, dtype=torch.float32, pin_memory=True)
-        self._hidden = torch.empty(tokens, hidden, dtype=torch.float32, pin_memory=True)
-        self._back = torch.empty(tokens, hidden, dtype=torch.float32, pin_memory=True)
-        self._sent = torch.cuda.Event()
-
-    def send(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        tokens = hidden.shape[0]
-        self._ids[:tokens].copy_(ids, non_blocking=True)
-        self._weights[:tokens].copy_(weights, non_blocking=True)
-        self._hidden[:tokens].copy_(hidden.float(), non_blocking=True)
-        self._sent.record()
-
-    def receive(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        self._sent.synchronize()
-        return self._hidden[:tokens], self._ids[:tokens], self._weights[:tokens]
-
-    def send_back(self, rest: Tensor, device: torch.device) -> Tensor:
-        back = self._back[: rest.shape[0]]
-        back.copy_(rest)
-        return back.to(device, non_blocking=True)

@@ -10,6 +10,7 @@ machine without a GPU the same protocol runs with the device's part in torch (te
 from __future__ import annotations
 
 import ctypes
+import time
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ class HandOff:
         # Of each layer in the last window: time.perf_counter_ns() when the worker began and ended.
         self.times = torch.zeros(len(tables), 2, dtype=torch.int64)
         self._window = torch.zeros(1, dtype=torch.int32, device=device)
+        # Microseconds that the device waited for each layer's answer in the last window.
+        self.waited = torch.zeros(len(tables), dtype=torch.int32, device=device)
         self._count = 0
         self._cause: BaseException | None = None
         self._hook = _HOOK(self._call_hook)
@@ -100,11 +103,13 @@ class HandOff:
         if self.device.type == "cuda":
             from spac.kernels.handoff import wait as launch
 
-            launch(self.done, self.failed, self._window, layer)
+            launch(self.done, self.failed, self._window, self.waited, layer)
             return ops.combine([partial, rest], dtype)  # the kernel reads `rest` over PCIe
         limit = 0.0 if int(self.failed) else self.limit_s
+        start = time.perf_counter()
         if not torch.ops.spac.wait_flag(self.done, layer, int(self._window), limit):
             self.failed.fill_(1)
+        self.waited[layer] = int(1e6 * (time.perf_counter() - start))
         return ops.combine([partial, rest], dtype)
 
     def check(self) -> None:

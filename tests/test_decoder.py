@@ -14,7 +14,7 @@ from transformers import (
 
 from spac import reference
 from spac.decoder import can_run, few_launches
-from spac.kernels.fused_linear import fused_gated, fused_linear, rms_norm
+from spac.kernels.fused_linear import add_norm, fused_gated, fused_linear
 from spac.kernels.route import route
 from spac.kernels.window_attention import window_attention
 
@@ -27,16 +27,14 @@ def poisoned(*shape, dtype, device):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [(48,), (40, 24), (64, 16, 24)])
-@pytest.mark.parametrize("T, K", [(1, 64), (5, 72), (16, 40)])
+@pytest.mark.parametrize("T, K", [(1, 64), (5, 72), (16, 600)])
 def test_fused_linear(device, dtype, rows, T, K):
     x = torch.randn(T, K, device=device, dtype=dtype)
     weights = [torch.randn(n, K, device=device, dtype=dtype) / K**0.5 for n in rows]
     wanted = torch.cat([x.double() @ w.double().T for w in weights], dim=1)
-    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    torch.testing.assert_close(fused_linear(x, weights).double(), wanted, **tolerance)
-    residual = torch.randn(T, sum(rows), device=device, dtype=dtype)
-    out = fused_linear(x, weights, residual)
-    torch.testing.assert_close(out.double(), wanted + residual.double(), **tolerance)
+    parts = fused_linear(x, weights)
+    assert len(parts) == max(1, K // 256) and parts.dtype == torch.float32
+    torch.testing.assert_close(parts.sum(0).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -57,28 +55,36 @@ def test_arguments_that_do_not_fit(device):
         fused_linear(torch.randn(17, 8, device=device), [w])
     with pytest.raises(ValueError, match="weights: expected up to 3"):
         fused_linear(x, [w[:, :4]])
-    with pytest.raises(ValueError, match="residual: expected"):
-        fused_linear(x, [w], x)
+    with pytest.raises(ValueError, match="parts: expected"):
+        add_norm(x, w, w[0], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rms_norm_is_that_of_transformers(device, dtype):
+@pytest.mark.parametrize("parts", [None, 1, 3])
+def test_add_norm_rounds_as_transformers_does(device, dtype, parts):
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
     norm = Qwen3RMSNorm(72, eps=1e-5).to(device, dtype)
     norm.weight.data.normal_()
-    x = 3 * torch.randn(5, 72, device=device, dtype=dtype)
-    torch.testing.assert_close(rms_norm(x, norm.weight, 1e-5), norm(x).detach())
+    x, rest = 3 * torch.randn(5, 72, device=device, dtype=dtype), None
+    wanted = x
+    if parts is not None:
+        rest = torch.randn(parts, 5, 72, device=device)
+        wanted = x + rest.cumsum(0)[-1].to(dtype)
+    total, out = add_norm(x, rest, norm.weight, 1e-5)
+    torch.testing.assert_close(total, wanted, rtol=0.02, atol=0.02)  # the interpreter cuts off
+    assert device == "cpu" or torch.equal(total, wanted)
+    torch.testing.assert_close(out, norm(total).detach(), rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_route(device, dtype, normalize):
-    logits = torch.randn(9, 24, device=device, dtype=dtype)
-    logits[:, 7] = logits[:, 3]  # equals: the lower id first
+    parts = torch.randint(-9, 10, (2, 9, 24), device=device) / 8  # with equals: the lower id first
+    logits = parts.sum(0).to(dtype)
     wanted, ids = reference.route(logits, 5, normalize)
     for rounded in (False, True):
-        weights, found = route(logits, 5, normalize, rounded)
+        weights, found = route(parts, 5, normalize, dtype, rounded)
         assert torch.equal(found, ids)
         if rounded:
             assert torch.equal(weights, weights.to(dtype).float())
@@ -86,7 +92,7 @@ def test_route(device, dtype, normalize):
 
 
 def attention_case(W, heads, kv, D, length, room, dtype, device):
-    qkv = torch.randn(W, (heads + 2 * kv) * D, device=device, dtype=dtype)
+    qkv = torch.randn(2, W, (heads + 2 * kv) * D, device=device)
     angle = torch.rand(W, D // 2, device=device) * 6
     cos, sin = (torch.cat([f(angle)] * 2, 1).to(dtype) for f in (torch.cos, torch.sin))
     caches = [poisoned(kv, room, D, dtype=dtype, device=device) for _ in range(2)]
@@ -109,7 +115,14 @@ def test_window_attention(device, dtype, W, heads, kv, D, length):
     before = keys.clone(), values.clone()
     out = window_attention(qkv, cos, sin, *norms, 1e-6, keys, values, n, D**-0.5)
     wanted, new_keys, new_values = reference.window_attention(
-        qkv, cos, sin, *norms, 1e-6, before[0][:, :length], before[1][:, :length], D**-0.5
+        qkv.sum(0).to(dtype),
+        cos,
+        sin,
+        *norms,
+        1e-6,
+        before[0][:, :length],
+        before[1][:, :length],
+        D**-0.5,
     )
     bound = 1e-5 if dtype == torch.float32 else 5e-2  # the reference does not round q and k
     tolerance = {"rtol": bound, "atol": bound}
@@ -127,7 +140,7 @@ def test_window_attention(device, dtype, W, heads, kv, D, length):
 def test_window_attention_refuses_other_shapes(device):
     qkv, cos, sin, (keys, values), n = attention_case(2, 4, 2, 8, 3, 9, torch.float32, device)
     with pytest.raises(ValueError, match="qkv: expected"):
-        window_attention(qkv[:, 8:], cos, sin, None, None, 0.0, keys, values, n, 1.0)
+        window_attention(qkv[..., 8:], cos, sin, None, None, 0.0, keys, values, n, 1.0)
     with pytest.raises(ValueError, match="keys, values, cos: expected"):
         window_attention(qkv, cos[:1], sin, None, None, 0.0, keys, values, n, 1.0)
 

@@ -38,13 +38,15 @@ def test_send(tokens, hidden, top_k, dtype, device):
 def test_wait_returns_when_done_and_gives_up_when_not(device):
     done, failed = host(3, dtype=torch.int32), host(1, dtype=torch.int32).zero_()
     window = torch.tensor([5], dtype=torch.int32, device=device)
+    polls = torch.full((3,), -7, dtype=torch.int32, device=device)
     done[1] = 5
-    wait(done, failed, window, 1)
+    wait(done, failed, window, polls, 1)
     sync()
     assert failed.item() == 0
-    wait(done, failed, window, 2, max_polls=50)
+    wait(done, failed, window, polls, 2, max_polls=50)
     sync()
     assert failed.item() == 1
-    wait(done, failed, window, 0)  # at once: nobody answers any more
+    wait(done, failed, window, polls, 0)  # at once: nobody answers any more
     sync()
     assert failed.item() == 1
+    assert polls.tolist() == [0, 0, 50]

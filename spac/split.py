@@ -1,0 +1,105 @@
+"""How many of a window's missing experts the GPU reads from host memory, learnt while it runs.
+
+The first answer comes from the cost model, which was measured with nothing else going on. In a
+window the copies share the link, the kernels share their time with resident experts, and CPU and
+link share the host's memory. The worker's clock shows when it began and ended each layer, the
+device how long it waited for the answer. If it did, it was ready so much before the worker; if not,
+the layer took as long as the device needed, and what lies between two layers is known from those
+where it waited.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from spac.cost import CostModel, fit
+
+_WINDOWS = 32  # that an answer rests on
+_REFIT = 8  # windows from one answer to the next
+# (experts, pairs) at which the measured model goes on having a say, one row in twenty
+_PRIOR = np.array([(1, 1), (2, 2), (4, 4), (8, 8), (8, 16), (16, 32)], dtype=float)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one window's layers had to do, and when the worker was busy with it."""
+
+    width: int  # tokens
+    # int64 [L, 4]: pairs, resident pairs, experts, resident experts (`spac.reference.verify`)
+    counts: np.ndarray
+    streamed: np.ndarray  # int64 [L], experts that the GPU read
+    times: np.ndarray  # [L, 2] seconds: the worker's begin and end, 0 if it had nothing to do
+    waited: np.ndarray  # [L] seconds that the device waited for it
+
+
+class Split:
+    """`streams` int32 [E + 1]: how many to read when n are missing; replaced, never changed."""
+
+    def __init__(self, costs: CostModel, num_experts: int) -> None:
+        self.costs, self.streams = costs, costs.streams(num_experts)
+        self._first = costs
+        self._rows: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=_WINDOWS)
+        self._each: deque[np.ndarray] = deque(maxlen=_WINDOWS)  # seconds of a streamed expert
+        self._rest: dict[int, deque[float]] = {}  # seconds from one layer's end to the next bell
+        self._seen = 0
+
+    def observe(self, work: Work) -> None:
+        """Take in one window."""
+        pairs, here_pairs, experts, here = work.counts.astype(float).T
+        begin, end = work.times.T
+        missing = experts - here
+        left = missing - work.streamed
+        worked = (begin > 0) & (end > begin) & (left > 0)
+        left_pairs = (pairs - here_pairs) * left / np.maximum(missing, 1)
+        if not worked.any() or (work.counts < 0).any():
+            return
+        rows = np.stack([np.ones_like(left), left, left_pairs], axis=1)
+        self._rows.append((rows[worked], (end - begin)[worked]))
+        self._each.append(self._streaming(work, worked))
+        self._seen += 1
+        if self._seen % _REFIT == 0:
+            self._refit(float(self.costs.gpu(here, here_pairs).mean()))
+
+    def _streaming(self, work: Work, worked: np.ndarray) -> np.ndarray:
+        """Seconds that each streamed expert took, of the layers where that can be told."""
+        begin, end = work.times.T
+        gap, waited = begin[1:] - end[:-1], work.waited[:-1]
+        follows = worked[:-1] & (gap > 0)
+        if not follows.any():
+            return np.empty(0)
+        second = follows & (waited > 2e-6)
+        known = self._rest.setdefault(work.width, deque(maxlen=2 * _WINDOWS))
+        if second.any():
+            known.append(float(np.median(gap[second])))
+        rest = float(np.median(known)) if known else float(gap[follows].min())
+        device = np.where(second, (end - begin)[:-1] - waited, begin[1:] - begin[:-1] - rest)
+        use = follows & (work.streamed[:-1] > 0)
+        _, here_pairs, _, here = work.counts[:-1][use].T
+        rows: np.ndarray = np.maximum(device[use] - self.costs.gpu(here, here_pairs), 0)
+        return rows / work.streamed[:-1][use]
+
+    def _refit(self, base: float) -> None:
+        rows, seconds = (np.concatenate(parts) for parts in zip(*self._rows, strict=True))
+        prior = np.column_stack([np.ones(len(_PRIOR)), _PRIOR])
+        again = max(1, len(rows) // (20 * len(prior)))
+        expected = self._first.cpu(*_PRIOR.T)
+        launch, expert, pair = fit(
+            np.concatenate([rows, *[prior] * again]), np.concatenate([seconds, *[expected] * again])
+        )
+        one = float(self.costs.stream(1))
+        each = np.concatenate(self._each)
+        if len(each):
+            one = float(np.median(each))
+        else:  # nothing is streamed: come back to the measured model, slowly, to see again
+            one += 0.05 * (float(self._first.stream(1)) - one)
+        self.costs = replace(
+            self.costs,
+            cpu_launch=float(launch),
+            cpu_expert=float(expert),
+            cpu_pair=float(pair),
+            stream_byte=max(one, 1e-9) / self.costs.expert_bytes,
+        )
+        self.streams = self.costs.streams(len(self.streams) - 1, base)

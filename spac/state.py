@@ -1,0 +1,42 @@
+"""What the windows of all layers change on the device, in one piece of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Views of `memory`: utility int32 [L, E], frequency int64 [L, E] (pairs since attach),
+    counters int64 [L, 4] (`ops.verify`), streamed int64 [L, 1] (experts)."""
+
+    memory: Tensor
+    utility: Tensor
+    frequency: Tensor
+    counters: Tensor
+    streamed: Tensor
+
+    @staticmethod
+    def zeros(layers: int, experts: int, device: torch.device) -> LayerState:
+        size = layers * (8 * (experts + 4 + 1) + 4 * experts)
+        return LayerState._of(torch.zeros(size, dtype=torch.uint8, device=device), layers, experts)
+
+    @staticmethod
+    def _of(memory: Tensor, layers: int, experts: int) -> LayerState:
+        sizes = [8 * layers * experts, 8 * layers * 4, 8 * layers, 4 * layers * experts]
+        frequency, counters, streamed, utility = memory.split(sizes)
+        return LayerState(
+            memory,
+            utility.view(torch.int32).view(layers, experts),
+            frequency.view(torch.int64).view(layers, experts),
+            counters.view(torch.int64).view(layers, 4),
+            streamed.view(torch.int64).view(layers, 1),
+        )
+
+    def on_host(self) -> LayerState:
+        """A copy in host memory, once the device has come so far."""
+        memory = torch.empty(self.memory.shape, dtype=torch.uint8).copy_(self.memory)
+        return LayerState._of(memory, *self.utility.shape)

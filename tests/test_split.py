@@ -1,0 +1,85 @@
+"""The three-way split learns from the worker's clock what CPU and link really take."""
+
+import numpy as np
+import pytest
+import torch
+
+from spac.cost import CostModel
+from spac.split import Split, Work
+from spac.state import LayerState
+
+LAYERS, EXPERTS = 24, 128
+MEASURED = CostModel(9 << 20, 5e-6, 3e-6, 1e-8, 2e-5, 7e-5, 1e-6, 1e-5, 1.8e-11)
+
+
+def window(rng, truth, streams, rest, most):
+    """One window of a machine with the costs `truth`."""
+    missing = rng.integers(0, most + 1, LAYERS)
+    streamed = np.minimum(streams[missing], missing)
+    left = missing - streamed
+    here = rng.integers(1, 5, LAYERS)
+    counts = np.stack([missing + here, here, missing + here, here], axis=1)
+    cpu = np.where(left > 0, truth.cpu(left, left) * rng.normal(1, 0.03, LAYERS), 0)
+    gpu = truth.gpu(here, here) + truth.stream(streamed)
+    took = np.maximum(cpu, gpu) + rest
+    begin = 100 + np.concatenate([[0], np.cumsum(took)[:-1]])
+    times = np.stack([begin, begin + cpu], axis=1) * (left > 0)[:, None]
+    waited = np.floor(np.maximum(cpu - gpu, 0) * 1e6) * 1e-6
+    return Work(9, counts, streamed, times, waited), float(took.sum())
+
+
+@pytest.mark.parametrize("link, cpu", [(2.0, 1.0), (0.5, 1.0), (1.3, 1.4), (1.0, 0.6)])
+@pytest.mark.parametrize("most", [3, 18])
+def test_comes_to_the_split_of_the_real_machine(link, cpu, most):
+    rng = np.random.default_rng(0)
+    truth = CostModel(**{
+        **vars(MEASURED),
+        "cpu_expert": cpu * MEASURED.cpu_expert,
+        "stream_byte": link * MEASURED.h2d_byte,
+    })  # fmt: skip
+    split = Split(MEASURED, EXPERTS)
+    first = split.streams
+    for _ in range(200):
+        split.observe(window(rng, truth, split.streams, 6e-5, most)[0])
+
+    def seconds(streams):
+        fixed = np.random.default_rng(1)
+        return sum(window(fixed, truth, streams, 6e-5, most)[1] for _ in range(40))
+
+    best = seconds(truth.streams(EXPERTS, float(truth.gpu(2.5, 2.5))))
+    assert seconds(split.streams) <= 1.03 * best
+    assert seconds(split.streams) <= 1.005 * seconds(first)
+
+
+def test_looks_again_when_nothing_is_streamed():
+    split, rng = Split(MEASURED, EXPERTS), np.random.default_rng(0)
+    slow = CostModel(**{**vars(MEASURED), "stream_byte": 1e-9})
+    for _ in range(100):
+        split.observe(window(rng, slow, split.streams, 6e-5, 4)[0])
+    assert not split.streams[:5].any()
+    for _ in range(2000):
+        split.observe(window(rng, MEASURED, split.streams, 6e-5, 4)[0])
+    assert split.streams[4]
+
+
+def test_windows_that_say_nothing_change_nothing():
+    split = Split(MEASURED, EXPERTS)
+    work, _ = window(np.random.default_rng(0), MEASURED, split.streams, 6e-5, 4)
+    idle = Work(9, work.counts, work.streamed, work.times * 0, work.waited)
+    undone = Work(9, -work.counts, work.streamed, work.times, work.waited)
+    before = split.streams
+    for _ in range(20):
+        split.observe(idle)
+        split.observe(undone)
+    assert split.streams is before and split.costs is MEASURED
+
+
+def test_the_state_is_one_piece(device):
+    state = LayerState.zeros(3, 5, torch.device(device))
+    state.utility[1, 4], state.frequency[2, 0] = 7, 1 << 40
+    state.counters[0, 3], state.streamed[2, 0] = 5, 9
+    host = state.on_host()
+    state.memory.zero_()
+    assert host.utility[1, 4] == 7 and host.frequency[2, 0] == 1 << 40
+    assert host.counters[0, 3] == 5 and host.streamed[2, 0] == 9
+    assert not state.utility.any() and host.memory.count_nonzero() == 4
