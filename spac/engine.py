@@ -288,7 +288,10 @@ class Engine:
         _count(self._prompt_pairs[layer], ids)
         table = self.slot_tables[layer]
         if self.prefill is not None and not self.pool.complete(layer):
-            total = self.prefill.forward(layer, hidden, ids, weights, table)
+            # Before the first window nobody knows better than the prompt what to hold.
+            first = self.windows == 0 and self.control.prior is None
+            pool = self.pool if first and self.config.policy != "static" else None
+            total = self.prefill.forward(layer, hidden, ids, weights, table, pool)
             return total.to(hidden.dtype)
         slots, host = self.pool.address[layer], self._host_address[layer]
         table = replace(table, address=torch.where(slots != 0, slots, host), owner=self.store)

@@ -67,19 +67,34 @@ class SlotPool:
                     self.slot_of[i, expert] = -1
                 for expert, slot in mail.arriving:
                     self.slot_of[i, expert] = slot
-            where = slice(None) if layer is None else slice(layer, layer + 1)
-            slots = self.slot_of[where]
-            rows = np.where(
-                slots >= 0, self.memory.data_ptr() + slots * np.int64(self.slot_bytes), 0
-            )
-            event = self._write(self.address[where], torch.from_numpy(rows))
+            event = self._show(slice(None) if layer is None else slice(layer, layer + 1))
             self._reclaimed.extend((slot, event) for slot in freed)
+
+    def exchange(self, layer: int, old: list[int], new: list[int], blobs: list[Tensor]) -> None:
+        """Experts `new`, whose weights `blobs` are on the device, take the slots of residents `old`
+        in stream order: the kernels launched so far read the old ones, those to come the new."""
+        with self._lock:
+            for leaves, comes, blob in zip(old, new, blobs, strict=True):
+                slot = int(self.slot_of[layer, leaves])
+                if slot < 0 or not self.held[layer, leaves] or self.held[layer, comes]:
+                    raise ValueError(f"layer {layer}: no exchange of {leaves} for {comes}")
+                self.memory[slot, : blob.numel()].copy_(blob)
+                self.slot_of[layer, [leaves, comes]] = -1, slot
+                self.held[layer, [leaves, comes]] = False, True
+            self.loads += len(new)
+            self.evictions += len(old)
+            self._show(slice(layer, layer + 1))
 
     def complete(self, layer: int) -> bool:
         """Every expert of the layer is resident for the kernels launched from here."""
         return bool((self.slot_of[layer] >= 0).all())
 
-    def _write(self, target: Tensor, rows: Tensor) -> torch.cuda.Event | None:
+    def _show(self, layers: slice) -> torch.cuda.Event | None:
+        """Write the addresses of these layers; the event that the kernels launched so far, and this
+        write, are done."""
+        slots, target = self.slot_of[layers], self.address[layers]
+        start = self.memory.data_ptr()
+        rows = torch.from_numpy(np.where(slots >= 0, start + slots * np.int64(self.slot_bytes), 0))
         if not target.is_cuda:
             target.copy_(rows)
             return None

@@ -1,7 +1,8 @@
 """Experts of a prompt: those that are not on the GPU come through two areas of it, in turn.
 
 While the kernels work on one area, the copy engine fills the other; meanwhile the CPU computes the
-experts with the fewest tokens, as many as it can while the others cross the link.
+experts with the fewest tokens, as many as it can while the others cross the link. What has crossed
+can stay: the experts that the prompt chose most take the slots of those that it chose least.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from spac import ops
 from spac.cost import CostModel
 from spac.layout import ExpertLayout, ExpertTable
+from spac.pool import SlotPool
 from spac.store import HostStore
 
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the target at once
@@ -33,6 +35,7 @@ class Prefill:
         blob = max(layout.blob_bytes for layout in store.layouts)
         self._areas = torch.empty(2, self.size, blob, dtype=torch.uint8, device=device)
         self._host_tables = [store.table(layer) for layer in range(len(store.layouts))]
+        self._pairs = np.zeros((len(store.layouts), store.layouts[0].num_experts), dtype=np.int64)
         self._next = 0
         self.copied = 0  # bytes
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -41,17 +44,33 @@ class Prefill:
             self._free = [torch.cuda.Event() for _ in range(2)]
 
     def forward(
-        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, slots: ExpertTable
+        self,
+        layer: int,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        slots: ExpertTable,
+        pool: SlotPool | None = None,
     ) -> Tensor:
-        """The experts of one layer: hidden [T, H], ids and weights [T, k]; fp32 [T, H]."""
+        """The experts of one layer: hidden [T, H], ids and weights [T, k]; fp32 [T, H].
+
+        pool: of `slots`, to keep in it what the prompts so far chose most.
+        """
         rows, chosen, gates = self._on_host(hidden), self._on_host(ids), self._on_host(weights)
         if self._copies is not None:
             torch.cuda.current_stream().synchronize()
-        on_link, on_cpu = self._share(chosen, slots.address.cpu().numpy())
+        flat = chosen.numpy().ravel()
+        known = self._pairs.shape[1]
+        counts = np.bincount(flat[(flat >= 0) & (flat < known)], minlength=known)
+        self._pairs[layer] += counts
+        on_link, on_cpu = self._share(counts, slots.address.cpu().numpy())
         total = ops.expert_ffn_table(hidden, ids, weights, slots)
         for begin in range(0, len(on_link), self.size):
-            table = self._fetch(layer, on_link[begin : begin + self.size])
+            experts = on_link[begin : begin + self.size]
+            table = self._fetch(layer, experts)
             total += ops.expert_ffn_table(hidden, ids, weights, table)
+            if pool is not None:
+                self._keep(layer, experts, pool)
             if self._copies is not None:
                 self._free[self._next].record()
             self._next = 1 - self._next
@@ -61,15 +80,32 @@ class Prefill:
             total += ops.expert_ffn_table(rows, *pairs, self._host_tables[layer]).to(self.device)
         return total
 
+    def _keep(self, layer: int, experts: np.ndarray, pool: SlotPool) -> None:
+        """The experts in the area, most pairs first, take the slots of the layer's residents with
+        the fewest, as long as they have more."""
+        pairs = self._pairs[layer]
+        held = np.flatnonzero(pool.held[layer] & (pool.slot_of[layer] >= 0))
+        least = held[np.argsort(pairs[held], kind="stable")][: len(experts)]
+        places = np.argsort(-pairs[experts], kind="stable")
+        places = places[~pool.held[layer, experts[places]]]
+        order = experts[places]
+        stay = int((pairs[order][: len(least)] > pairs[least][: len(order)]).sum())
+        size = self.store.blobs[layer].shape[1]
+        area = self._areas[self._next]
+        pool.exchange(
+            layer,
+            least[:stay].tolist(),
+            order[:stay].tolist(),
+            [area[p, :size] for p in places[:stay]],
+        )
+
     def _on_host(self, tensor: Tensor) -> Tensor:
         """A copy in host memory, complete when the stream has come here."""
         host = torch.empty_like(tensor, device="cpu", pin_memory=self._copies is not None)
         return host.copy_(tensor, non_blocking=True)
 
-    def _share(self, chosen: Tensor, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The missing experts of ids [T, k], for the link (most tokens first) and for the CPU."""
-        flat = chosen.numpy().ravel()
-        counts = np.bincount(flat[(flat >= 0) & (flat < len(address))], minlength=len(address))
+    def _share(self, counts: np.ndarray, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The missing experts of counts [E], for the link (most pairs first) and for the CPU."""
         missing = np.flatnonzero((counts > 0) & (address == 0))
         missing = missing[np.argsort(-counts[missing], kind="stable")]
         few = counts[missing][::-1].cumsum()

@@ -150,7 +150,8 @@ def replay(
     stream as many as `CostModel.streams` says, which do not stay; None: copies follow one another.
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
     profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
-    prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from.
+    prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from; with
+    max_copies and no profile, each layer's most frequent ones have stayed in its slots.
     on_window(window, seconds) is called after each; `windows` may be drawn as the replay goes.
     """
     layers, num_experts = policy.shape
@@ -164,6 +165,8 @@ def replay(
         policy.warm_start(prompt)
     fill = None if profile is None else profile.rate
     table = None
+    if max_copies is not None and prompt is not None and fill is None:
+        fill = -(-prompt).argsort(axis=1, kind="stable").argsort(axis=1).astype(float)  # -rank
     if max_copies is None:
         pool = Slots(layers, num_experts, slots, cost, fill)
     else:

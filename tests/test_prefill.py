@@ -54,7 +54,8 @@ def test_shares_so_that_both_sides_end_together():
     store, slots = layer(32, 8, 8, 0.0, "cpu")
     prefill = Prefill(store, torch.device("cpu"), COSTS)
     ids = torch.repeat_interleave(torch.arange(32), torch.arange(32) + 1)[:, None]
-    on_link, on_cpu = prefill._share(ids, slots.address.numpy())
+    counts = np.bincount(ids.ravel(), minlength=32)
+    on_link, on_cpu = prefill._share(counts, slots.address.numpy())
     assert sorted([*on_link, *on_cpu]) == list(range(32))
     assert on_link.min() > on_cpu.max()  # the CPU has those of the fewest tokens
     seconds = [
@@ -109,6 +110,37 @@ def test_after_a_prompt_every_slot_may_change_at_once(tiny_moe):
         assert changed == min(missing, pool.num_slots)  # evicted by the first round, all of them
         new = int((~held & (pool.slot_of >= 0)).sum())
         assert new == (changed if window > 1 else 0)
+    spac.detach(model)
+
+
+@pytest.mark.parametrize("policy", ["spac", "static"])
+def test_what_the_first_prompt_chose_most_stays(tiny_moe, device, policy):
+    model = tiny_moe(num_experts=24)
+    settings = {"policy": policy, "stream_missing": True, "max_window": 4, "max_length": 128}
+    tokens = torch.randint(0, 96, (1, 60), device=model.device)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        spac.attach(model, bytes_for_ratio(model, 0.3, SpacConfig(**settings)), **settings)
+        engine = attachment(model).engine
+        pool, prefill, first = engine.pool, engine.prefill, engine.pool.slot_of.copy()
+        prefill.costs = SIDES["link"]  # everything that is missing crosses
+        got = [model(part).logits for part in (tokens[:, :40], tokens)]
+    torch.testing.assert_close(got[1], expected, rtol=1e-3, atol=1e-4)
+    assert (pool.held == (pool.slot_of >= 0)).all()
+    assert sorted(pool.slot_of[pool.held]) == sorted(first[first >= 0])
+    if policy == "static":
+        assert (pool.slot_of == first).all()
+    for layer in range(len(first)):
+        pairs, held = prefill._pairs[layer], pool.held[layer]
+        assert held.sum() == (first[layer] >= 0).sum() and pairs.sum() > 0
+        if policy == "spac":
+            assert pairs[held].min() >= pairs[~held].max()
+        for expert in np.flatnonzero(held):
+            slot = int(pool.slot_of[layer, expert])
+            address = pool.memory.data_ptr() + slot * pool.slot_bytes
+            assert int(pool.address[layer, expert]) == address
+            blob = engine.store.blobs[layer][expert]
+            assert torch.equal(pool.memory[slot, : blob.numel()].cpu(), blob)
     spac.detach(model)
 
 

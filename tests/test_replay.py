@@ -254,6 +254,19 @@ def test_bench_replay_and_balance(tmp_path, monkeypatch):
     assert all(r[gap] < 1.1e-3 and r[failed] == 0 for r in sizes.rows)
 
 
+def test_what_the_prompt_chose_most_is_there_from_the_first_window():
+    trace = synthetic(24)
+    _, layers, _ = trace.shape
+    rate = np.random.default_rng(3).random((layers, trace.num_experts))
+    slots = 3 * layers
+    options = {"max_copies": 0, "prompt": rate, "warmup": 0.0}
+    policy = make_policy("lru", layers, trace.num_experts, slots)
+    result = replay(make_windows(trace, 3), policy, COST, slots, **options)
+    most = [set(np.argsort(-row)[:3].tolist()) for row in rate]
+    hits = [e in most[j] for row in trace.expert_ids for j, ids in enumerate(row) for e in ids]
+    assert result.coverage == pytest.approx(np.mean(hits)) and result.copies == 0
+
+
 def test_bench_predict(tmp_path):
     full_size = pytest.importorskip("spac.bench.full_size")
     save_trace(tmp_path / "toy.npz", synthetic(64))
