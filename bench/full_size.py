@@ -99,6 +99,7 @@ class Figures:
     counts: Counts
     gpu_busy: float | None
     eager: list[str]  # why a window that could be a CUDA graph was none
+    learnt: CostModel | None
 
 
 @dataclass
@@ -165,8 +166,8 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
     dense = _dense_bytes(made)
     rows: list[list[Any]] = []
     figures: dict[tuple[str, int, int], Figures] = {}
-    run = {"shape": args.shape, "text": asdict(_text(args, gammas)), "costs": asdict(costs)}
-    notes = [*_notes(args, job, machine, dense), RUN + json.dumps(run)]
+    said: dict[str, Any] = {"text": asdict(_text(args, gammas)), "costs": asdict(costs)}
+    notes = _notes(args, job, machine, dense)
     ratios = _slots(args, made, everything, length)
     for slots, gamma, name in progress(list(product(ratios, gammas, args.providers)), "full size"):
         if time.perf_counter() - start > args.limit:
@@ -185,13 +186,15 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         print(f"{name}, gamma {gamma}: {speed:.3g} tokens/s", file=sys.stderr, flush=True)
         figures[name, slots, gamma] = result
         notes += [f"{name}: {reason}" for reason in result.eager]
+        if result.learnt is not None:
+            said[f"{name} {slots} {gamma}"] = asdict(result.learnt)
         share = (
             f"{slots / everything:.0%}"
             if name not in ("cpu", "stream", "resident", "grouped-mm")
             else None
         )
         rows.append([name, share, gamma, *_cells(result, machine, layout.blob_bytes, dense)])
-    notes += _ratios(figures)
+    notes += [*_ratios(figures), RUN + json.dumps(said)]
     return Table(list(COLUMNS), rows, f"decode at full size: {args.shape}", notes)
 
 
@@ -272,7 +275,8 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         busy = gpu_busy_share(device, partial(_each, step, range(stop, len(ids))))
         median = statistics.median(seconds)
         eager = list(target.reasons) if isinstance(target, StaticTarget) else []
-        return Figures(len(seconds), made, elapsed, median, draft, ttft, counts, busy, eager)
+        times = len(seconds), made, elapsed, median, draft, ttft
+        return Figures(*times, counts, busy, eager, provider.learnt)
     finally:
         provider.close()
         del provider, job.routing.provider

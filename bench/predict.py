@@ -12,7 +12,7 @@ from spac.bench.report import Table
 from spac.bench.synthetic import Text
 from spac.config import SpacConfig
 from spac.cost import CostModel
-from spac.machine import MACHINES, find_machine
+from spac.machine import MACHINES, Machine, find_machine
 from spac.policy import make_policy
 from spac.profile import Profile
 from spac.replay import Window, replay
@@ -45,15 +45,9 @@ def run(args: argparse.Namespace) -> Table:
             raise ValueError(f"no note {RUN!r}")
         said = json.loads(note.removeprefix(RUN))
         text = Text(**said["text"])
-        costs = replace(
-            CostModel(**said["costs"]),
-            dense_layer=machine.dense_layer,
-            dense_token=machine.dense_token,
-            handoff=machine.handoff,
-        )
         lines = [m for m in data["rows"] if m["provider"] in ("spac", "resident")]
         made = text.make(trace)
-        rows = [_row(text, *made, costs, m) for m in lines]
+        rows = [_row(text, *made, said, machine, m) for m in lines]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{args.measured}: no result of bench generate --shape: {error}") from None
     columns = ["provider", "slots", "gamma"]
@@ -61,7 +55,8 @@ def run(args: argparse.Namespace) -> Table:
         columns += [name, f"{name}, measured"]
     columns += ["ratio", "tokens/s", "tokens/s, measured"]
     notes = [
-        "experts on GPU, CPU and link: costs that the run measured before its first row",
+        "experts on GPU, CPU and link: as the run measured them before its first row, or, after that, "
+        "as its engine learnt them from the worker's clock and the device's wait",
         f"dense part and hand-over: {machine.name}: {machine.source}",
         "seconds of drafting are those measured; the rest of the step is predicted",
     ]
@@ -73,13 +68,21 @@ def _row(
     prompt: Trace,
     after: Trace,
     windows: dict[int, list[Window]],
-    costs: CostModel,
+    said: dict[str, Any],
+    machine: Machine,
     measured: dict[str, Any],
 ) -> list[Any]:
     gamma, resident = int(measured["gamma"]), measured["provider"] == "resident"
     share = 1.0 if resident else float(measured["slots"].rstrip("%")) / 100
     _, layers, _ = after.shape
     slots = round(share * layers * after.num_experts)
+    known = CostModel(**said.get(f"spac {slots} {gamma}", said["costs"]))
+    costs = replace(
+        known,
+        dense_layer=machine.dense_layer,
+        dense_token=machine.dense_token,
+        handoff=machine.handoff,
+    )
     result = replay(
         windows[gamma][: -text.PROFILED],
         make_policy("spac", layers, after.num_experts, slots),

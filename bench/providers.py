@@ -53,6 +53,12 @@ class Provider:
     static = False  # may be captured in a CUDA graph
     engine: Engine | None = None
 
+    @property
+    def learnt(self) -> CostModel | None:
+        """What the engine found the CPU and the link to take in its windows (`spac.split`)."""
+        split = self.engine.control.split if self.engine is not None else None
+        return None if split is None else split.costs
+
     def begin(self, ids: Tensor) -> None:
         """A window is to come, ids [L, W, k]."""
 
