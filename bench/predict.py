@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> Table:
         columns += [name, f"{name}, measured"]
     columns += ["ratio", "tokens/s", "tokens/s, measured"]
     notes = [
-        "experts on GPU, CPU and link: as the run measured them before its first row, or, after it, as "
+        "experts on GPU, CPU and link: as the run measured them before its first row, of spac as "
         "its engine learnt them from the worker's clock and the device's wait",
         f"dense part and hand-over: {machine.name}: {machine.source}",
         "seconds of drafting are those measured; the rest of the step is predicted",
