@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spac.bench.kernels import event_seconds, graph_seconds, make_problem, make_provider
 from spac.handoff import HandOff
-from spac.kernels import accept, combine, route, verify
+from spac.kernels import accept, combine, route, split_window, verify
 from spac.kernels.expert_ffn import expert_ffn, expert_ffn_train
 from spac.kernels.expert_ffn_backward import expert_ffn_backward
 from spac.layout import ExpertLayout, ExpertTable
@@ -33,6 +33,9 @@ def small_kernels(report: Any) -> list[str]:
         torch.zeros(4).long().cuda(),
     )
     bounds = torch.tensor([2, 1], dtype=torch.int32, device=DEV)
+    host, frequency = address + 1000, torch.zeros(128, dtype=torch.int64, device=DEV)
+    streams = torch.arange(129, dtype=torch.int32, device=DEV) // 4
+    some = address * (torch.arange(128, device=DEV) % 3 == 0)
     for W in (1, 9, 64):
         ids = [torch.randint(0, 128, (W, 8), device=DEV, dtype=torch.int32) for _ in range(8)]
 
@@ -41,6 +44,14 @@ def small_kernels(report: Any) -> list[str]:
 
         name = f"verify W={W}"
         lines.append(_line(name, report.part(name, lambda f=run_verify: graph_seconds(f))))
+
+        def run_split(r: int, ids: list[Tensor] = ids) -> Any:
+            return split_window.split_window(
+                ids[r], some, host, utility, bounds, counters, frequency, streams, counters[:1], 5
+            )
+
+        name = f"split window W={W}"
+        lines.append(_line(name, report.part(name, lambda f=run_split: graph_seconds(f))))
         lines += _routing(report, W, address, utility, bounds, counters)
     parts = [[torch.randn(9, 2048, device=DEV) for _ in range(2)] for _ in range(8)]
     seconds = report.part(

@@ -7,6 +7,7 @@ wrote is visible to the CPU before the second one rings.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,8 +43,23 @@ def _ring_kernel(bell_ptr, window_ptr, layer):
 
 
 @triton.jit
-def _wait_kernel(done_ptr, failed_ptr, window_ptr, polls_ptr, layer, max_polls):
-    """One program. Gives up after `max_polls`, and at once if a wait before it gave up."""
+def _join_kernel(
+    partial_ptr,
+    rest_ptr,
+    y_ptr,
+    n,
+    done_ptr,
+    failed_ptr,
+    window_ptr,
+    polls_ptr,
+    layer,
+    max_polls,
+    BLOCK: tl.constexpr,
+):
+    """Every program waits by itself, up to `max_polls`, not at all if a wait has failed before."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    total = tl.load(partial_ptr + offs, mask=mask)
     window = tl.load(window_ptr)
     most = tl.where(tl.load(failed_ptr, volatile=True) == 0, max_polls, 0)
     left = most
@@ -51,9 +67,13 @@ def _wait_kernel(done_ptr, failed_ptr, window_ptr, polls_ptr, layer, max_polls):
     while (done < window) & (left > 0):
         left -= 1
         done = tl.load(done_ptr + layer, volatile=True)
-    tl.store(polls_ptr + layer, most - left)
+    if tl.program_id(0) == 0:
+        tl.store(polls_ptr + layer, most - left)
     if done < window:
         tl.store(failed_ptr, 1)
+    tl.debug_barrier()  # no thread reads what the CPU wrote before all have seen that it did
+    total += tl.load(rest_ptr + offs, mask=mask, volatile=True)
+    tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def send(
@@ -74,16 +94,26 @@ def send(
     _ring_kernel[(1,)](bell, window, layer, num_warps=1)
 
 
-def wait(
+def join(
+    partial: Tensor,
+    rest: Tensor,
+    dtype: torch.dtype,
     done: Tensor,
     failed: Tensor,
     window: Tensor,
     polls: Tensor,
     layer: int,
     max_polls: int = _MAX_POLLS,
-) -> None:
-    """Until done[layer] >= window; a wait that is too long sets `failed` and goes on.
+) -> Tensor:
+    """partial + rest in `dtype`, fp32 [T, H] each, rest in host memory once done[layer] >= window.
 
-    polls int32 [L], on the device: how many more looks than one it took, a microsecond each.
+    A wait that is too long sets `failed` and goes on. polls int32 [L], on the device: how many more
+    looks than one it took, a microsecond each.
     """
-    _wait_kernel[(1,)](done, failed, window, polls, layer, max_polls, num_warps=1)
+    y = torch.empty(partial.shape, dtype=dtype, device=partial.device)
+    n = y.numel()
+    _join_kernel[(triton.cdiv(n, _BLOCK),)](
+        partial.contiguous(), rest, y, n, done, failed, window, polls, layer, max_polls,
+        BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y

@@ -179,27 +179,24 @@ class Engine:
     def _split(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor, ExpertTable]:
         """ids [T, k] for the GPU and for the CPU, -1 elsewhere, and where the GPU finds experts;
         the utility moves on."""
-        resident_ids, cpu_ids, counts, _, _ = ops.verify(
-            ids,
-            self.pool.address[layer],
-            self.utility[layer],
-            self.bounds[layer],
-            self.counters[layer],
-            self.config.max_utility,
-        )
-        self.frequency[layer] += counts
         if self.config.rejected_weight < 1:
             self._window_ids[layer, : ids.shape[0]] = ids
+        state = self.utility[layer], self.bounds[layer], self.counters[layer]
+        address, most = self.pool.address[layer], self.config.max_utility
         table = self.slot_tables[layer]
         if self.streams is None:
+            resident_ids, cpu_ids, counts, _, _ = ops.verify(ids, address, *state, most)
+            self.frequency[layer] += counts
             return resident_ids, cpu_ids, table
-        address, cpu_ids = ops.choose_streamed(
+        address, cpu_ids = ops.split_window(
             ids,
-            counts,
-            self.pool.address[layer],
+            address,
             self._host_address[layer],
+            *state,
+            self.frequency[layer],
             self.streams,
             self.streamed[layer],
+            most,
         )
         return ids, cpu_ids, replace(table, address=address, owner=(table.owner, self.store))
 

@@ -101,10 +101,10 @@ class HandOff:
         """partial [T, H] plus the worker's rows, in `dtype`, once they are there."""
         rest = self._back[: partial.shape[0]]
         if self.device.type == "cuda":
-            from spac.kernels.handoff import wait as launch
+            from spac.kernels.handoff import join as launch
 
-            launch(self.done, self.failed, self._window, self.waited, layer)
-            return ops.combine([partial, rest], dtype)  # the kernel reads `rest` over PCIe
+            flags = self.done, self.failed, self._window, self.waited
+            return launch(partial, rest, dtype, *flags, layer)
         limit = 0.0 if int(self.failed) else self.limit_s
         start = time.perf_counter()
         if not torch.ops.spac.wait_flag(self.done, layer, int(self._window), limit):

@@ -207,18 +207,30 @@ def verify(
     return resident_ids, cpu_ids, n, order, offsets
 
 
-def choose_streamed(
-    ids: Tensor, counts: Tensor, address: Tensor, host: Tensor, streams: Tensor, streamed: Tensor
+def split_window(
+    ids: Tensor,
+    address: Tensor,
+    host: Tensor,
+    utility: Tensor,
+    bounds: Tensor,
+    counters: Tensor,
+    frequency: Tensor,
+    streams: Tensor,
+    streamed: Tensor,
+    max_utility: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of a window's experts that are not on the GPU, those that it reads from host memory itself.
+    """`verify` of one window, and who computes what is missing: the link or the CPU.
 
-    ids [W, k]; counts int32 [E] from `verify`; address, host int64 [E] of the slots (0 = none) and
-    of host memory; streams int32 [E + 1]: how many to read when n are missing. Those of the most
-    pairs are read, ties in order of their ids; their number is added to streamed int64 [1].
+    ids [W, k]; address, host int64 [E] of the slots (0 = none) and of host memory; utility, bounds
+    and counters as of `verify`; frequency int64 [E] counts pairs. streams int32 [E + 1]: how many
+    of n missing experts the GPU reads from host memory itself. Those of the most pairs are read,
+    ties in order of their ids; their number is added to streamed int64 [1].
 
     Returns where the GPU finds each expert, int64 [E] (0: the CPU computes it), and cpu_ids
     int32 [W, k] (-1 = not the CPU's).
     """
+    counts = verify(ids, address, utility, bounds, counters, max_utility)[2]
+    frequency += counts
     E = address.numel()
     missing = (counts > 0) & (address == 0)
     take = streams[missing.sum()].clamp(max=int(missing.sum()))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spac.kernels.handoff import send, wait
+from spac.kernels.handoff import join, send
 
 
 def host(*shape, dtype):
@@ -35,18 +35,22 @@ def test_send(tokens, hidden, top_k, dtype, device):
     assert bell.tolist() == [-7, -7, 11, -7]
 
 
-def test_wait_returns_when_done_and_gives_up_when_not(device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_join_adds_when_done_and_gives_up_when_not(device, dtype):
     done, failed = host(3, dtype=torch.int32), host(1, dtype=torch.int32).zero_()
-    window = torch.tensor([5], dtype=torch.int32, device=device)
+    flags = done, failed, torch.tensor([5], dtype=torch.int32, device=device)
     polls = torch.full((3,), -7, dtype=torch.int32, device=device)
+    partial, rest = torch.randn(9, 300, device=device), host(9, 300, dtype=torch.float32)
+    rest.copy_(torch.randn(9, 300))
+    wanted = (partial.cpu() + rest).to(dtype)
     done[1] = 5
-    wait(done, failed, window, polls, 1)
-    sync()
+    y = join(partial, rest, dtype, *flags, polls, 1).cpu()
+    torch.testing.assert_close(y, wanted, rtol=0.01 * (dtype != torch.float32), atol=0)
     assert failed.item() == 0
-    wait(done, failed, window, polls, 2, max_polls=50)
+    join(partial, rest, dtype, *flags, polls, 2, max_polls=50)
     sync()
     assert failed.item() == 1
-    wait(done, failed, window, polls, 0)  # at once: nobody answers any more
+    join(partial, rest, dtype, *flags, polls, 0)  # at once: nobody answers any more
     sync()
     assert failed.item() == 1
     assert polls.tolist() == [0, 0, 50]
