@@ -175,6 +175,6 @@ def test_streams_lets_both_sides_end_together():
     assert streams[0] == 0 and (np.diff(streams) >= 0).all()
     for n in (1, 7, 40):
         times = [max(float(costs.cpu(n - s, n - s)), s * 2e-4) for s in range(n + 1)]
-        assert times[streams[n]] == min(times)
+        assert times[streams[n]] <= 1.05 * min(times) < min([*times[: streams[n]], 1.0])
     shared = costs.beside_link(40)
     assert shared.cpu_expert == pytest.approx(costs.cpu_expert * (1 - streams[40] / 40))
