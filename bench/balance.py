@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from spac.balance import BalanceProblem, Balancer, Plan, make_plan, solve_dp
-from spac.bench.replay import find_traces, shape_cost
+from spac.bench.replay import after_prompt, find_traces, shape_cost
 from spac.bench.report import Table
+from spac.config import SpacConfig
 from spac.machine import MACHINES
 from spac.policy import Spac
 from spac.replay import make_windows, replay
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traces", nargs="+", help="compare thresholds on these traces instead")
     parser.add_argument("--profile", default="rtx4090", choices=tuple(MACHINES))
     parser.add_argument("--cache", type=float, default=0.17)
-    parser.add_argument("--window", type=int, default=8)
+    parser.add_argument("--window", type=int, default=9)
+    parser.add_argument("--acceptance", type=float, default=0.7)
 
 
 def run(args: argparse.Namespace) -> Table:
@@ -107,20 +109,24 @@ class GatedSpac(Spac):
 
 
 def ablation(args: argparse.Namespace) -> Table:
-    """Predicted tokens/s with hot experts only, thresholds chosen in four ways, and without."""
+    """Predicted tokens/s with hot experts only, thresholds chosen in four ways, and without; from
+    a prompt of 32 tokens (or a quarter of the trace) on, copies and streams as in the engine."""
     columns = ["trace", "order only", "tau = 1", "one threshold", "equal quotas", "programme"]
     rows: list[list[Any]] = []
     for name, trace in find_traces(args.traces):
         _, layers, _ = trace.shape
         cost = shape_cost(name, args.profile, None, None)
         slots = int(args.cache * layers * trace.num_experts)
-        windows = make_windows(trace, args.window - 1)
+        rate, text = after_prompt(trace, 32)
+        windows = make_windows(text, args.window - 1, args.acceptance)
+        options: dict[str, Any] = {"streaming": True, "max_copies": SpacConfig.max_copies}
+        options |= {"prompt": rate * args.window, "warmup": 0.0}
         row: list[Any] = [name]
         ways: list[tuple[type[Spac], Balancer | None]] = [(Spac, None), (GatedSpac, None)]
         ways += [(GatedSpac, b) for b in (ConstantBalancer(), EqualBalancer(), Balancer())]
         for kind, balancer in ways:
             policy = kind(layers, trace.num_experts, slots)
-            result = replay(windows, policy, cost, slots, balancer=balancer)
+            result = replay(windows, policy, cost, slots, balancer=balancer, **options)
             row.append(result.tokens_per_second)
         rows.append(row)
     title = f"Predicted tokens/s by threshold, {args.profile}, cache {args.cache:g}"

@@ -7,6 +7,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spac.balance import Balancer
 from spac.bench.report import Table
 from spac.cost import CostModel
@@ -80,6 +83,12 @@ def shape_cost(name: str, profile: str, shape: list[int] | None, gbs: float | No
     return machine.cost(6 * hidden * inter, 6 * hidden * inter)
 
 
+def after_prompt(trace: Trace, tokens: int) -> tuple[NDArray[np.float64], Trace]:
+    """Pairs a token [L, E] of the first `tokens` tokens (at most a quarter); the text after."""
+    prompt, text = trace.split(min(tokens, trace.shape[0] // 4))
+    return Profile.of_trace(prompt).rate, text
+
+
 def run(args: argparse.Namespace) -> Table:
     """One row per combination; the last column compares with the prefetch oracle."""
     draft = find_machine(args.profile).draft_token
@@ -95,11 +104,11 @@ def run(args: argparse.Namespace) -> Table:
         options = {"streaming": args.streaming, "draft_token": draft, "warmup": args.warmup}
         begin = rate = None
         if args.prompt:
-            ids, at = trace.expert_ids, min(args.prompt, trace.shape[0] // 4)
-            rate = Profile.of_trace(Trace(ids[:at], trace.num_experts)).rate
-            trace = Trace(ids[at:], trace.num_experts)
+            rate, trace = after_prompt(trace, args.prompt)
         if args.start:
             begin = find_profile(args.start, layers, trace.num_experts, trace.shape[2])
+        if rate is not None:
+            options["prompt"] = rate * (5 if window == "auto" else int(window))
         oracle = None
         if window != "auto":
             windows = make_windows(trace, int(window) - 1, args.acceptance, args.rejected)
@@ -110,8 +119,6 @@ def run(args: argparse.Namespace) -> Table:
             if args.live or policy_name == "activation":
                 options["live"] = True
             options |= {"profile": begin, "max_copies": args.max_copies}
-            if rate is not None and not policy.foresight:
-                options["prompt"] = rate * (5 if window == "auto" else int(window))
             if window == "auto":
                 source = WindowSource(trace, args.acceptance, args.rejected)
                 result = replay_auto(source, policy, cost, slots, **options)
@@ -119,7 +126,7 @@ def run(args: argparse.Namespace) -> Table:
                 balancer = Balancer() if args.balance else None
                 result = replay(windows, policy, cost, slots, balancer=balancer, **options)
             options.pop("live", None)
-            for key in ("profile", "max_copies", "prompt"):
+            for key in ("profile", "max_copies"):
                 options.pop(key, None)
             row = [name, args.profile, window, share, round(1e-9 / cost.h2d_byte, 1), policy_name]
             rows.append(row + _figures(result, oracle))

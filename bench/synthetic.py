@@ -233,15 +233,6 @@ def tiled(trace: Trace, tokens: int, shift: int) -> Trace:
     return Trace(np.concatenate(parts).astype(np.int16), trace.num_experts, model=trace.model)
 
 
-def split(trace: Trace, tokens: int) -> tuple[Trace, Trace]:
-    """The first `tokens` tokens, at least one, and those after them."""
-    ids, at = trace.expert_ids, max(tokens, 1)
-    head, tail = (
-        Trace(part, trace.num_experts, model=trace.model) for part in (ids[:at], ids[at:])
-    )
-    return head, tail
-
-
 @dataclass(frozen=True)
 class Text:
     """What a full-size run decodes: a prompt, and after it `warmup` + `tokens` tokens in windows
@@ -265,7 +256,7 @@ class Text:
         """The prompt, with rows of the trace's first quarter; the text after it; its windows."""
         quarter = trace.shape[0] // 4
         needed = quarter + self.warmup + self.tokens + 8 * (max(self.gammas) + 1)
-        begun, text = split(tiled(trace, needed, self.shift), quarter)
+        begun, text = tiled(trace, needed, self.shift).split(max(quarter, 1))
         rng = np.random.default_rng(self.seed)
         rows = begun.expert_ids[rng.integers(0, begun.shape[0], self.prompt_tokens)]
         length = self.warmup + self.tokens + self.spare

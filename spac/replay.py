@@ -150,8 +150,8 @@ def replay(
     stream as many as `CostModel.streams` says, which do not stay; None: copies follow one another.
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
     profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
-    prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from; with
-    max_copies and no profile, each layer's most frequent ones have stayed in its slots.
+    prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from; without
+    a profile each layer's most frequent ones have stayed in its slots.
     on_window(window, seconds) is called after each; `windows` may be drawn as the replay goes.
     """
     layers, num_experts = policy.shape
@@ -161,11 +161,11 @@ def replay(
     if profile is not None:
         profile.check_model(layers, num_experts)
         policy.warm_start(profile.rate)
-    if prompt is not None:
+    if prompt is not None and not policy.foresight:
         policy.warm_start(prompt)
     fill = None if profile is None else profile.rate
     table = None
-    if max_copies is not None and prompt is not None and fill is None:
+    if prompt is not None and fill is None:
         fill = -(-prompt).argsort(axis=1, kind="stable").argsort(axis=1).astype(float)  # -rank
     if max_copies is None:
         pool = Slots(layers, num_experts, slots, cost, fill)
@@ -239,6 +239,7 @@ def oracle_bound(
     streaming: bool = False,
     draft_token: float = 0.0,
     warmup: float = 0.25,
+    prompt: NDArray[np.float64] | None = None,
 ) -> Replay:
     """The best replay of `PrefetchOracle` over its discounts: the bound for this link and pool."""
     runs = []
@@ -255,6 +256,7 @@ def oracle_bound(
                 streaming=streaming,
                 draft_token=draft_token,
                 warmup=warmup,
+                prompt=prompt,
             )
         )
     return max(runs, key=lambda r: r.tokens_per_second)

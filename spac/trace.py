@@ -87,6 +87,14 @@ class Trace:
                 f" the model has {num_layers} x {num_experts}, top-{k}"
             )
 
+    def split(self, tokens: int) -> tuple[Trace, Trace]:
+        """The first `tokens` tokens and those after them, without windows."""
+        ids = self.expert_ids
+        head, tail = (
+            Trace(part, self.num_experts, model=self.model) for part in (ids[:tokens], ids[tokens:])
+        )
+        return head, tail
+
     def counts(self) -> NDArray[np.int64]:
         """How often each expert was chosen, [layers, experts]."""
         layers = range(self.shape[1])
