@@ -120,13 +120,14 @@ class _Counted:
             engine.pool.publish(layer)
         s = stats(model)
         first = min(s["budget"]["slots"], engine.pool.held.size)
+        copies = s["loads"] - s["kept_experts"] - first
         checks = {
             "windows": (s["windows"], self.windows),
             "pairs": (s["pairs"], self.tokens * layers * engine.top_k),
             "pairs by expert": (int(engine.frequency.sum()), s["pairs"]),
             "prefill tokens": (s["prefill_tokens"], self.prefill),
             "loads - evictions": (s["loads"] - s["evictions"], s["resident"]),
-            "bytes copied": (s["bytes_copied"], (s["loads"] - first) * s["budget"]["slot_bytes"]),
+            "bytes copied": (s["bytes_copied"], copies * s["budget"]["slot_bytes"]),
         }
         wrong = [f"{name}: {a} and {b}" for name, (a, b) in checks.items() if a != b]
         if not 0 <= s["resident_pairs"] <= s["pairs"] or s["resident"] > s["budget"]["slots"]:

@@ -259,18 +259,23 @@ class Text:
         begun, text = tiled(trace, needed, self.shift).split(max(quarter, 1))
         rng = np.random.default_rng(self.seed)
         rows = begun.expert_ids[rng.integers(0, begun.shape[0], self.prompt_tokens)]
-        length = self.warmup + self.tokens + self.spare
         windows = {
-            gamma: cut(text, length, gamma, self.acceptance, self.seed) for gamma in self.gammas
+            gamma: cut(
+                text, self.warmup + self.tokens, gamma, self.PROFILED, self.acceptance, self.seed
+            )
+            for gamma in self.gammas
         }
         return Trace(rows, trace.num_experts, model=trace.model), text, windows
 
 
-def cut(trace: Trace, tokens: int, gamma: int, acceptance: float, seed: int) -> list[Window]:
-    """Windows of gamma + 1 rows over the first `tokens` tokens of text."""
+def cut(
+    trace: Trace, tokens: int, gamma: int, more: int, acceptance: float, seed: int
+) -> list[Window]:
+    """Windows of gamma + 1 rows over the first `tokens` tokens of text, and `more` after them."""
     source = WindowSource(trace, acceptance, "next", seed)
     windows, made = [], 0
-    while made < tokens and (window := source.draw(gamma)) is not None:
+    while (made < tokens or more) and (window := source.draw(gamma)) is not None:
+        more -= made >= tokens
         windows.append(window)
         made += window.accepted + 1
     return windows

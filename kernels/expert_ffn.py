@@ -16,6 +16,7 @@ from spac.kernels.common import check_pairs
 from spac.kernels.config import FFNConfig, device_of, select_config
 from spac.kernels.grouped import grouped_down, grouped_gate_up
 from spac.kernels.plan import Plan, make_plan
+from spac.kernels.pull import wait
 from spac.kernels.sum_pairs import sum_pairs
 from spac.kernels.tokens import expert_ffn_tokens
 
@@ -45,6 +46,8 @@ def expert_ffn(
     if config.path == "tokens":
         expert_ffn_tokens(x, ids, weights, table, y, config)
     else:
+        if table.places is not None:
+            wait(table.places)
         _grouped(x, ids, weights, table, y, config)
     return y
 

@@ -2,9 +2,12 @@
 
 Few numbers are involved, so that waiting for memory is what takes time: everything is loaded once,
 pairs are counted by comparing every one with every expert, and experts are ranked likewise.
+What crosses the link stays, in the slot of a resident that the window does not need.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -38,9 +41,19 @@ def _split_window_kernel(
     streamed_ptr,
     where_ptr,
     cpu_ptr,
+    value_ptr,
+    exchanged_ptr,
+    source_ptr,
+    target_ptr,
+    place_ptr,
+    flags_ptr,
+    memory,
+    memory_stride,
     max_utility,
     num_pairs,
     E,
+    places,
+    PLACES: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHUNK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -57,6 +70,8 @@ def _split_window_kernel(
     offs_c = tl.arange(0, 4)
     counters = tl.load(counters_ptr + offs_c)
     streamed = tl.load(streamed_ptr)
+    if PLACES > 0:
+        value = tl.load(value_ptr + offs, mask=mask, other=0.0)
 
     n = _count(ids_ptr, num_pairs, offs, E, EXPERTS, BLOCK_P)
     tl.store(frequency_ptr + offs, frequency + n, mask=mask)
@@ -64,26 +79,69 @@ def _split_window_kernel(
     tl.store(utility_ptr + offs, tl.minimum(tl.maximum(u, 0), max_utility), mask=mask)
     used, here = n > 0, slot != 0
     missing = used & (slot == 0)
-    count = tl.sum(missing.to(tl.int32), axis=0)
-    experts = tl.sum(used.to(tl.int32), axis=0)
-    add = tl.where(offs_c == 0, tl.sum(n, axis=0), experts - count)
-    add = tl.where(offs_c == 1, tl.sum(tl.where(here, n, 0), axis=0), add)
+    # Two sums in one: reductions are what takes time here.
+    both = tl.sum(n.to(tl.int64) + (tl.where(here, n, 0).to(tl.int64) << 32), axis=0)
+    experts = tl.sum(used.to(tl.int64) + (missing.to(tl.int64) << 32), axis=0)
+    count = (experts >> 32).to(tl.int32)
+    experts = experts & 0xFFFFFFFF
+    add = tl.where(offs_c == 0, both & 0xFFFFFFFF, experts - count)
+    add = tl.where(offs_c == 1, both >> 32, add)
     add = tl.where(offs_c == 2, experts, add)
     tl.store(counters_ptr + offs_c, counters + add)
 
     take = tl.where(count == E, all_missing, tl.sum(tl.where(offs == count, streams, 0), axis=0))
-    rank = tl.zeros((EXPERTS,), tl.int32)
+    take = tl.minimum(take, count)
+    if PLACES > 0:
+        take = tl.minimum(take, places)
+    tl.store(streamed_ptr, streamed + take)
+    rank = tl.zeros((EXPERTS,), tl.int32)  # among the missing, those of the most pairs first
+    worth = tl.zeros((EXPERTS,), tl.int32)  # among residents without pairs, the least first
     for f0 in range(0, EXPERTS, CHUNK_E):
         other = f0 + tl.arange(0, CHUNK_E)
         m = _count(ids_ptr, num_pairs, other, E, CHUNK_E, BLOCK_P)
-        m = tl.where(tl.load(address_ptr + other, mask=other < E, other=1) == 0, m, 0)
-        before = (m[None, :] > n[:, None]) | (
-            (m[None, :] == n[:, None]) & (other[None, :] < offs[:, None])
-        )
+        theirs = tl.load(address_ptr + other, mask=other < E, other=1)
+        more = m[None, :] > n[:, None]
+        equal = m[None, :] == n[:, None]
+        first = other[None, :] < offs[:, None]
+        if PLACES > 0:
+            v = tl.load(value_ptr + other, mask=other < E, other=float("inf"))
+            same = first & (v[None, :] == value[:, None])
+            idle = (theirs != 0) & (m == 0) & (v < float("inf"))
+            less = (v[None, :] < value[:, None]) | same
+            worth += tl.sum((idle[None, :] & less).to(tl.int32), axis=1)
+            first = (v[None, :] > value[:, None]) | same
+        before = (theirs == 0)[None, :] & (m > 0)[None, :] & (more | (equal & first))
         rank += tl.sum(before.to(tl.int32), axis=1)
     chosen = missing & (rank < take)
-    tl.store(where_ptr + offs, tl.where(chosen, host, slot), mask=mask)
-    tl.store(streamed_ptr, streamed + tl.sum(chosen.to(tl.int32), axis=0))
+    target = host
+    if PLACES > 0:
+        offs_a = tl.arange(0, PLACES)
+        mask_a = offs_a < places
+        idle = here & (n == 0) & (value < float("inf")) & mask
+        comes = chosen[None, :] & (rank[None, :] == offs_a[:, None])
+        stays = comes & (value > float("-inf"))[None, :]
+        leaves = idle[None, :] & (worth[None, :] == offs_a[:, None])
+        name = offs.to(tl.int64) + 1
+        pair = tl.where(stays, name[None, :], 0) + tl.where(leaves, name[None, :] << 32, 0)
+        pair = tl.sum(pair, axis=1)
+        newcomer, victim = (pair & 0xFFFFFFFF).to(tl.int32), (pair >> 32).to(tl.int32)
+        swap = (newcomer > 0) & (victim > 0)
+        room = tl.sum(tl.where(leaves, slot[None, :], 0), axis=1)
+        to = tl.where(swap, room, memory + offs_a * memory_stride)
+        source = tl.sum(tl.where(comes, host[None, :], 0), axis=1)
+        tl.store(source_ptr + offs_a, source, mask=mask_a)
+        tl.store(target_ptr + offs_a, to, mask=mask_a)
+        tl.store(flags_ptr + offs_a, tl.zeros((PLACES,), tl.int32), mask=mask_a)
+        tl.store(exchanged_ptr + 2 * offs_a, tl.where(swap, newcomer, 0) - 1, mask=mask_a)
+        tl.store(exchanged_ptr + 2 * offs_a + 1, tl.where(swap, victim, 0) - 1, mask=mask_a)
+        # Where who comes goes, + 1 if it stays there; 2 for who leaves. Addresses are even by far.
+        news = tl.where(comes, to[:, None], 0) + (stays & swap[:, None]).to(tl.int64)
+        news = tl.sum(news + 2 * (leaves & swap[:, None]).to(tl.int64), axis=0)
+        target = (news >> 2) << 2
+        slot = tl.where(news == 2, 0, slot)
+        tl.store(address_ptr + offs, tl.where(news & 1 == 1, target, slot), mask=mask)
+        tl.store(place_ptr + offs, tl.where(chosen, rank, -1), mask=mask)
+    tl.store(where_ptr + offs, tl.where(chosen, target, slot), mask=mask)
     left = tl.where(missing & (rank >= take), offs, -2)  # the CPU's; -2 is nobody's id
     for p0 in range(0, num_pairs, BLOCK_P):
         offs_p = p0 + tl.arange(0, BLOCK_P)
@@ -104,16 +162,24 @@ def split_window(
     streams: Tensor,
     streamed: Tensor,
     max_utility: int,
+    places: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """As `spac.reference.split_window`; every tensor but ids contiguous."""
     E = address.numel()
     check_state(address, utility, bounds, counters)
-    for name, tensor, dtype, size in (
+    checked = [
         ("host", host, torch.int64, E),
         ("frequency", frequency, torch.int64, E),
         ("streams", streams, torch.int32, E + 1),
         ("streamed", streamed, torch.int64, 1),
-    ):
+    ]
+    room = 0 if places is None else len(places.source)
+    if room:
+        checked += [
+            ("value", places.value, torch.float32, E),
+            ("exchanged", places.exchanged, torch.int32, 2 * room),
+        ]
+    for name, tensor, dtype, size in checked:
         if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous():
             raise ValueError(
                 f"{name}: expected contiguous {dtype} [{size}], "
@@ -136,9 +202,19 @@ def split_window(
         streamed,
         where,
         cpu_ids,
+        places.value if room else None,
+        places.exchanged if room else None,
+        places.source if room else None,
+        places.target if room else None,
+        places.of if room else None,
+        places.flags if room else None,
+        places.memory.data_ptr() if room else 0,
+        places.memory.stride(0) if room else 0,
         max_utility,
         ids.numel(),
         E,
+        room,
+        PLACES=triton.next_power_of_2(room) if room else 0,
         EXPERTS=experts,
         CHUNK_E=min(experts, most),
         BLOCK_P=min(triton.next_power_of_2(ids.numel()), most),

@@ -25,6 +25,7 @@ from spac.kernels.common import (
 )
 from spac.kernels.config import FFNConfig
 from spac.kernels.dequant import quantized_args
+from spac.kernels.pull import MAX_POLLS, place_args, wait_for_place
 
 
 @triton.jit
@@ -77,6 +78,10 @@ def _gate_up_tokens_kernel(
     columns,
     address_ptr,
     copy_to_ptr,
+    place_ptr,
+    flags_ptr,
+    failed_ptr,
+    max_polls,
     gate_stride,
     gate_k_stride,
     up_offset,
@@ -91,6 +96,7 @@ def _gate_up_tokens_kernel(
     E,
     H,
     inter,
+    WAIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -114,6 +120,10 @@ def _gate_up_tokens_kernel(
     e, address, row = _my_expert(ids_ptr, ids, pair, address_ptr, E, BY_PAIR, BLOCK_M, CHOICES)
     if address == 0:
         return
+    if WAIT:  # the down product comes after this launch: it finds every expert there
+        place = tl.load(place_ptr + e)
+        if place >= 0:
+            wait_for_place(flags_ptr, place, failed_ptr, max_polls)
     mask_t = row >= 0
     n0 = tl.program_id(1) * BLOCK_N
     bias_at = bias_offset + e.to(tl.int64) * bias_skew
@@ -296,9 +306,11 @@ def expert_ffn_tokens(
         h,
         arrived,
         columns,
+        max_polls=MAX_POLLS,
         COLUMNS=triton.next_power_of_2(columns),
         EVEN_K=H % gate_up.block_k == 0,
         **common,
+        **place_args(table),
         **copy_args(table),
         **gate_up_args(table),
         **quantized_args(table, "gate_up"),

@@ -58,6 +58,10 @@ class Control:
         self.plan: Plan | None = None
         self.split: Split | None = None  # if the GPU reads missing experts itself
         self.prior: Profile | None = None  # what it began with
+        # What experts are worth to windows that keep what they read (spac.pull); replaced, never
+        # changed in place.
+        self.value: np.ndarray | None = None
+        self._streamed = 0.0  # experts per layer and window, smoothed
         self.balancer = BalancerThread()
         self._expected = np.zeros((num_layers, num_experts))  # pairs per window, smoothed
         self._frequency = np.zeros((num_layers, num_experts), dtype=np.int64)
@@ -85,6 +89,7 @@ class Control:
             self._begin_from(snapshot.prompt)
         if self.split is not None and snapshot.work is not None:
             self.split.observe(snapshot.work)
+            self._streamed += 0.2 * (float(snapshot.work.streamed.mean()) - self._streamed)
         passed = max(snapshot.window - self._window, 1)
         rate = (snapshot.frequency - self._frequency) / passed
         decay = 0.8**passed
@@ -111,6 +116,22 @@ class Control:
     def scores(self) -> np.ndarray:
         """Priority of every expert, float [L, E]: first in from the top, first out below."""
         return self.policy.score()
+
+    @property
+    def margin(self) -> float:
+        """By which a newcomer of a copy round must beat its victim."""
+        if self.split is None or self.policy is not self.estimator or not self.policy.margin:
+            return self.policy.margin
+        # Windows keep what they stream for nothing: the more they do, the rarer a copy pays.
+        return (0.5 + 4 * self._streamed) / self._expected.shape[1]
+
+    def appraise(self, scores: np.ndarray, held: np.ndarray, resident: np.ndarray) -> None:
+        """Set `value` [L, E] after a round of copies. Experts that are under way in or out have
+        theirs from it: they are not to be kept (-inf), or not to be chosen as victims (inf)."""
+        value = scores.astype(np.float32)
+        value[~resident & (held | ~self.wanted())] = -np.inf
+        value[resident & ~held] = np.inf
+        self.value = value
 
     def wanted(self) -> np.ndarray:
         """Experts worth a copy, bool [L, E]; with the paper's policy those with u >= tau."""

@@ -123,12 +123,13 @@ class CopyThread(threading.Thread):
         waiting = wanted[copied + pool.pending :]
         victims = _sorted(scores, pool.held & (pool.slot_of >= 0), descending=False)
         for newcomer, victim in zip(waiting, victims, strict=False):
-            if scores[tuple(newcomer)] <= scores[tuple(victim)] + self.control.policy.margin:
+            if scores[tuple(newcomer)] <= scores[tuple(victim)] + self.control.margin:
                 break
             place = int(victim[0]), int(victim[1])
             self.wasted += int(self._pairs[place] == snapshot.frequency[place])
             self._pairs[place] = -1
             pool.evict(*place)
+        self.control.appraise(scores, pool.held, pool.slot_of >= 0)
 
     def _copy(self, layer: int, expert: int, slot: int) -> None:
         """Begin a copy; `_arrive` shows it."""

@@ -31,7 +31,8 @@ from spac.cost import CostModel
 from spac.handoff import HandOff
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
-from spac.prefill import Prefill, area_experts
+from spac.prefill import Prefill, Prompt, area_experts
+from spac.pull import MOST_PLACES, Pull
 from spac.split import Split, Work
 from spac.staging import Staging
 from spac.state import LayerState
@@ -66,10 +67,6 @@ class Engine:
         num_layers, num_experts = len(layouts), layouts[0].num_experts
         self.store, self.config, self.device, self.top_k = store, config, device, top_k
         self.pool = SlotPool(layouts, num_slots, device)
-        # What windows change, in one piece of memory: one copy shows it to the host.
-        self._state = LayerState.zeros(num_layers, num_experts, device)
-        self.utility, self.frequency = self._state.utility, self._state.frequency
-        self.counters, self.streamed = self._state.counters, self._state.streamed
         # Every expert has a slot from the first fill on: the CPU never has anything to do.
         self._everything = num_slots >= num_layers * num_experts
         # How many of n missing experts the GPU reads from host memory itself; None: it does not.
@@ -83,6 +80,17 @@ class Engine:
             self.control.split = Split(costs, num_experts)
             self._streams_shown = self.control.split.streams
             self.streams = torch.from_numpy(self._streams_shown).to(device)
+        self.prefill: Prefill | None = None
+        room = torch.empty(0)
+        if self.streams is not None and area_experts(layouts[0]):
+            self.prefill = Prefill(store, device, costs)
+            room = self.prefill.room[:MOST_PLACES]
+        # What windows change, in one piece of memory: one copy shows it to the host.
+        self._state = LayerState.new(num_layers, num_experts, len(room), device)
+        self.utility, self.frequency = self._state.utility, self._state.frequency
+        self.counters, self.streamed = self._state.counters, self._state.streamed
+        # What the GPU reads comes by this; without it, the kernels read it where it lies.
+        self.pull = Pull(room, self._state.exchanged, layouts) if len(room) else None
         self.bounds = torch.from_numpy(self.control.bounds).to(device)
         self._bounds_shown = self.control.bounds
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
@@ -92,28 +100,21 @@ class Engine:
             for layer, layout in enumerate(layouts)
         ]
         self._host_address = torch.stack([t.address for t in self.host_tables]).to(device)
-        # Of the prompt since the last window.
-        self._prompt_pairs = torch.zeros_like(self.frequency)
-        self._prompt_tokens = 0
+        self._prompt = Prompt(num_layers, num_experts, device)
         self._snapshot: Snapshot | None = None
-        self.prefill: Prefill | None = None
-        if self.streams is not None and area_experts(layouts[0]):
-            self.prefill = Prefill(store, device, costs)
         self.windows = 0
         self.prefill_tokens = 0
         self._prefill_bytes = 0
         self.cpu_seconds = 0.0  # in the CPU's FFN
         self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
-        self._began = 0.0
         self.handoff: HandOff | None = None
         self._by_flags = False
         # For settle: utility at the start of the window, and its ids.
         self._before: Tensor | None = None
-        self._window_ids = torch.full(
-            (num_layers, config.max_window, top_k), -1, dtype=torch.int32, device=device
-        )
-        self._width = 0
-        # For the split: when the worker was busy in the last window, and what was counted before.
+        shape = num_layers, config.max_window, top_k
+        self._window_ids = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._width, self._began = 0, 0.0
+        # For the split: when the worker was busy in the last window, what was counted before it.
         self._worker_times: np.ndarray | None = None
         self._counted: tuple[np.ndarray, np.ndarray] | None = None
         self._staging: Staging | None = None
@@ -165,6 +166,8 @@ class Engine:
         if self._staging is not None:
             self._staging.send(hidden, cpu_ids, weights)
         partial = ops.expert_ffn_table(hidden, gpu_ids, weights, table)
+        if self.pull is not None:
+            self.pull.finish()
         if self._staging is not None:
             hidden_host, cpu_ids, weights = self._staging.receive(hidden.shape[0])
         else:
@@ -188,6 +191,7 @@ class Engine:
             resident_ids, cpu_ids, counts, _, _ = ops.verify(ids, address, *state, most)
             self.frequency[layer] += counts
             return resident_ids, cpu_ids, table
+        places = None if self.pull is None else self.pull.places[layer]
         address, cpu_ids = ops.split_window(
             ids,
             address,
@@ -197,8 +201,12 @@ class Engine:
             self.streams,
             self.streamed[layer],
             most,
+            places,
         )
-        return ids, cpu_ids, replace(table, address=address, owner=(table.owner, self.store))
+        if self.pull is not None:
+            self.pull.start(layer)
+        owner = table.owner, self.store
+        return ids, cpu_ids, replace(table, address=address, owner=owner, places=places)
 
     def _handed(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, handoff: HandOff
@@ -208,6 +216,8 @@ class Engine:
             return ops.expert_ffn_table(hidden, gpu_ids, weights, table, hidden.dtype)
         handoff.send(layer, hidden, cpu_ids, weights)
         partial = ops.expert_ffn_table(hidden, gpu_ids, weights, table)
+        if self.pull is not None:
+            self.pull.finish()
         return handoff.join(layer, partial, hidden.dtype)
 
     def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -250,7 +260,9 @@ class Engine:
             self._by_flags = False
 
     def check(self) -> None:
-        """After a window by flags: RuntimeError if the CPU side failed."""
+        """After a window by flags: RuntimeError if the CPU side or the link failed."""
+        if self.pull is not None:
+            self.pull.check()
         if self.handoff is None:
             return
         self.handoff.check()
@@ -269,7 +281,9 @@ class Engine:
     def load(self, saved: tuple[int, Tensor]) -> None:
         """Undo what windows changed since `save`."""
         self.windows, memory = saved
+        self._learn(self._state.on_host())  # what has changed places stays where it is
         self._state.memory.copy_(memory)
+        self._state.exchanged.fill_(-1)
 
     @property
     def streamed_bytes(self) -> int:
@@ -280,9 +294,9 @@ class Engine:
 
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if layer == 0:
+            self._learn(self._state.on_host())
             self.prefill_tokens += hidden.shape[0]
-            self._prompt_tokens += hidden.shape[0]
-        _count(self._prompt_pairs[layer], ids)
+        self._prompt.add(layer, ids)
         table = self.slot_tables[layer]
         if self.prefill is not None and not self.pool.complete(layer):
             # Before the first window nobody knows better than the prompt what to hold.
@@ -318,11 +332,10 @@ class Engine:
             self._before = self.utility.clone()
         if self.copier.is_alive():
             state = self._state.on_host()
-            prompt = None if self._snapshot is None else self._snapshot.prompt  # one never sent
-            if self._prompt_tokens:
-                prompt = self._prompt_pairs.cpu().numpy() * (width / self._prompt_tokens)
-                self._prompt_pairs.zero_()
-                self._prompt_tokens = 0
+            self._learn(state)
+            prompt = self._prompt.take(width)
+            if prompt is None and self._snapshot is not None:
+                prompt = self._snapshot.prompt  # one never sent
             self._snapshot = Snapshot(
                 self.windows,
                 time.perf_counter(),
@@ -331,6 +344,13 @@ class Engine:
                 prompt,
                 self._work(last_width, state),
             )
+
+    def _learn(self, state: LayerState) -> None:
+        """What the windows so far did by themselves to the slots, from a copy of the state."""
+        if self.pull is not None:
+            self.pull.check()
+            self.pull.show(self.control.value)
+            self.pull.learn(state.exchanged, self.pool)
 
     def _work(self, width: int, state: LayerState) -> Work | None:
         """Of the last window, if it went by flags."""
@@ -378,9 +398,3 @@ class Engine:
             self.handoff.close()
         if self._cuda:
             torch.cuda.synchronize(self.device)
-
-
-def _count(pairs: Tensor, ids: Tensor) -> None:
-    """Add the pairs of ids [T, k] to those of each expert, int64 [E]."""
-    valid = (ids >= 0) & (ids < len(pairs))
-    pairs.scatter_add_(0, torch.where(valid, ids, 0).flatten().long(), valid.flatten().long())

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from spac.pull import Places
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -156,6 +159,7 @@ class ExpertTable:
     align: int = _SECTION_ALIGN  # bytes, a power of two that divides every address
     copy_to: Tensor | None = None  # int64 [E]: where to store an expert's blob that is read; 0: no
     owner: object = None  # keeps the memory behind the addresses alive
+    places: Places | None = None  # experts that are on their way there: kernels wait for them
 
     @staticmethod
     def from_blobs(layout: ExpertLayout, address: Tensor, owner: object = None) -> ExpertTable:

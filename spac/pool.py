@@ -45,6 +45,7 @@ class SlotPool:
         self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
         self.loads = 0
         self.evictions = 0
+        self.kept = 0  # loads of experts that were on the GPU for another reason
         self._lock = threading.Lock()
         self._mail = [_Mailbox() for _ in layouts]
         self._reclaimed: deque[tuple[int, torch.cuda.Event | None]] = deque(
@@ -83,7 +84,29 @@ class SlotPool:
                 self.held[layer, [leaves, comes]] = False, True
             self.loads += len(new)
             self.evictions += len(old)
+            self.kept += len(new)
             self._show(slice(layer, layer + 1))
+
+    def exchanged(self, layer: int, newcomer: int, victim: int) -> None:
+        """The device has put an expert into a resident's slot (`spac.pull`) and says so in the
+        address table: the host follows, before the next `publish`."""
+        with self._lock:
+            mail, slot = self._mail[layer], int(self.slot_of[layer, victim])
+            self.slot_of[layer, [newcomer, victim]] = slot, -1
+            if victim in mail.leaving:  # that was an eviction already
+                mail.leaving.remove(victim)
+            else:
+                self.evictions += 1
+                self.held[layer, victim] = False
+            for expert, second in mail.arriving:
+                if expert == newcomer:
+                    mail.arriving.remove((expert, second))
+                    self._reclaimed.append((second, None))
+                    self.loads -= 1
+                    break
+            self.held[layer, newcomer] = True
+            self.loads += 1
+            self.kept += 1
 
     def complete(self, layer: int) -> bool:
         """Every expert of the layer is resident for the kernels launched from here."""
@@ -106,11 +129,15 @@ class SlotPool:
     # copy thread
 
     def evict(self, layer: int, expert: int) -> None:
-        """Ask for the expert's slot; it comes back through `take` after its grace period."""
+        """Ask for the expert's slot; it comes back through `take` after its grace period. Nothing
+        if the expert has left in the meantime."""
         with self._lock:
+            leaving = self._mail[layer].leaving
+            if expert in leaving or self.slot_of[layer, expert] < 0:
+                return
             self.held[layer, expert] = False
             self.evictions += 1
-            self._mail[layer].leaving.append(expert)
+            leaving.append(expert)
 
     def take(self) -> int | None:
         """A slot that no kernel reads, or None if none has been reclaimed yet."""
@@ -123,10 +150,15 @@ class SlotPool:
         return slot
 
     def load(self, layer: int, expert: int, slot: int) -> None:
-        """The expert's weights are complete in `slot`: show them at the layer's next pass."""
+        """The expert's weights are complete in `slot`: show them at the layer's next pass. The slot
+        is free again if the expert has come by `exchanged` meanwhile."""
         with self._lock:
+            mail = self._mail[layer]
+            if self.slot_of[layer, expert] >= 0 and expert not in mail.leaving:
+                self._reclaimed.append((slot, None))
+                return
             self.loads += 1
-            self._mail[layer].arriving.append((expert, slot))
+            mail.arriving.append((expert, slot))
 
     def give_back(self, slot: int) -> None:
         """Return an unused slot taken with `take`."""

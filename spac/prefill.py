@@ -26,6 +26,31 @@ def area_experts(layout: ExpertLayout) -> int:
     return min(layout.num_experts // 8, _AREA_BYTES // layout.blob_bytes)
 
 
+class Prompt:
+    """What the tokens of prompts chose since the last window."""
+
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        self._pairs = torch.zeros(layers, experts, dtype=torch.int64, device=device)
+        self._tokens = 0
+
+    def add(self, layer: int, ids: Tensor) -> None:
+        """Count the pairs of ids [T, k]; every token comes once to every layer."""
+        if layer == 0:
+            self._tokens += ids.shape[0]
+        valid = (ids >= 0) & (ids < self._pairs.shape[1])
+        flat = torch.where(valid, ids, 0).flatten().long()
+        self._pairs[layer].scatter_add_(0, flat, valid.flatten().long())
+
+    def take(self, width: int) -> np.ndarray | None:
+        """Pairs [L, E] of a window of `width` tokens like these, which are then forgotten."""
+        if not self._tokens:
+            return None
+        pairs = self._pairs.cpu().numpy() * (width / self._tokens)
+        self._pairs.zero_()
+        self._tokens = 0
+        return pairs
+
+
 class Prefill:
     """For forwards over many tokens. Without a GPU the areas are host memory (tests)."""
 
@@ -36,6 +61,7 @@ class Prefill:
         self._areas = torch.empty(2, self.size, blob, dtype=torch.uint8, device=device)
         self._host_tables = [store.table(layer) for layer in range(len(store.layouts))]
         self._pairs = np.zeros((len(store.layouts), store.layouts[0].num_experts), dtype=np.int64)
+        self.room = self._areas.flatten(0, 1)  # for who needs it between two prompts
         self._next = 0
         self.copied = 0  # bytes
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None

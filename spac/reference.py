@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spac.layout import ExpertLayout
+from spac.pull import Places
 from spac.quantize import dequantize
 
 
@@ -218,31 +219,67 @@ def split_window(
     streams: Tensor,
     streamed: Tensor,
     max_utility: int,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`verify` of one window, and who computes what is missing: the link or the CPU.
 
     ids [W, k]; address, host int64 [E] of the slots (0 = none) and of host memory; utility, bounds
     and counters as of `verify`; frequency int64 [E] counts pairs. streams int32 [E + 1]: how many
     of n missing experts the GPU reads from host memory itself. Those of the most pairs are read,
-    ties in order of their ids; their number is added to streamed int64 [1].
+    of equal ones those of the highest value, then of the lowest id; their number is added to
+    streamed int64 [1].
+
+    With `places` no more are read than there are, in that order. The i-th one takes the slot of the
+    i-th resident without a pair in this window, the least value first, and is its place's target;
+    address and places.exchanged (newcomer, victim; else -1) say so. It goes to the place's own
+    memory instead if there is no such resident or its value is -inf. Residents of value +inf stay.
+    Flags are 0 afterwards. Without `places` values count as equal.
 
     Returns where the GPU finds each expert, int64 [E] (0: the CPU computes it), and cpu_ids
-    int32 [W, k] (-1 = not the CPU's).
+    int32 [W, k] (-1 = not its).
     """
     counts = verify(ids, address, utility, bounds, counters, max_utility)[2]
     frequency += counts
     E = address.numel()
     missing = (counts > 0) & (address == 0)
-    take = streams[missing.sum()].clamp(max=int(missing.sum()))
-    order = torch.argsort(torch.where(missing, counts, 0), descending=True, stable=True)
-    chosen = torch.zeros_like(missing)
-    chosen[order[: int(take)]] = True
+    take = min(int(streams[missing.sum()]), int(missing.sum()))
+    order = torch.arange(E, device=ids.device)
+    if places is not None:
+        take = min(take, len(places.source))
+        order = torch.argsort(places.value, descending=True, stable=True)
+    pairs = torch.where(missing, counts, 0)[order]
+    order = order[torch.argsort(pairs, descending=True, stable=True)][:take]
     streamed += take
-    where = torch.where(chosen, host, address)
+    targets = host[order]
+    if places is not None:
+        idle = (counts == 0) & (address != 0) & (places.value < torch.inf)
+        least = torch.argsort(torch.where(idle, places.value, torch.inf), stable=True)
+        _give_places(order, least[: int(idle.sum())], address, host, places)
+        targets = places.target[:take]
+    where = address.clone()
+    where[order] = targets
     flat = ids.to(torch.int64)
     valid = (flat >= 0) & (flat < E)
     for_cpu = valid & (where[flat.clamp(0, E - 1)] == 0)
     return where, torch.where(for_cpu, flat, -1).to(torch.int32)
+
+
+def _give_places(
+    coming: Tensor, victims: Tensor, address: Tensor, host: Tensor, places: Places
+) -> None:
+    rank = torch.arange(len(places.source), device=coming.device)
+    places.target.copy_(places.memory.data_ptr() + rank * places.memory.stride(0))
+    places.of.fill_(-1)
+    places.of[coming] = rank[: len(coming)].to(torch.int32)
+    places.source.zero_()
+    places.source[: len(coming)] = host[coming]
+    places.flags.zero_()
+    places.exchanged.fill_(-1)
+    for place, (newcomer, victim) in enumerate(zip(coming, victims, strict=False)):
+        if places.value[newcomer] > -torch.inf:
+            places.target[place] = address[newcomer] = address[victim]
+            address[victim] = 0
+            places.exchanged[place] = torch.stack([newcomer, victim])
 
 
 def settle(

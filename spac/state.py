@@ -11,29 +11,37 @@ from torch import Tensor
 @dataclass(frozen=True)
 class LayerState:
     """Views of `memory`: utility int32 [L, E], frequency int64 [L, E] (pairs since attach),
-    counters int64 [L, 4] (`ops.verify`), streamed int64 [L, 1] (experts)."""
+    counters int64 [L, 4] (`ops.verify`), streamed int64 [L, 1] (experts), exchanged int32
+    [L, A, 2] (`spac.pull`)."""
 
     memory: Tensor
     utility: Tensor
     frequency: Tensor
     counters: Tensor
     streamed: Tensor
+    exchanged: Tensor
 
     @staticmethod
-    def zeros(layers: int, experts: int, device: torch.device) -> LayerState:
-        size = layers * (8 * (experts + 4 + 1) + 4 * experts)
-        return LayerState._of(torch.zeros(size, dtype=torch.uint8, device=device), layers, experts)
+    def new(layers: int, experts: int, places: int, device: torch.device) -> LayerState:
+        """Zeros, and nothing exchanged."""
+        size = layers * (8 * (experts + 4 + 1) + 4 * (experts + 2 * places))
+        memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        state = LayerState._of(memory, layers, experts)
+        state.exchanged.fill_(-1)
+        return state
 
     @staticmethod
     def _of(memory: Tensor, layers: int, experts: int) -> LayerState:
         sizes = [8 * layers * experts, 8 * layers * 4, 8 * layers, 4 * layers * experts]
-        frequency, counters, streamed, utility = memory.split(sizes)
+        *most, exchanged = memory.split([*sizes, len(memory) - sum(sizes)])
+        frequency, counters, streamed, utility = most
         return LayerState(
             memory,
             utility.view(torch.int32).view(layers, experts),
             frequency.view(torch.int64).view(layers, experts),
             counters.view(torch.int64).view(layers, 4),
             streamed.view(torch.int64).view(layers, 1),
+            exchanged.view(torch.int32).view(layers, len(exchanged) // (8 * layers), 2),
         )
 
     def on_host(self) -> LayerState:

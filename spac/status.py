@@ -17,7 +17,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
 
     `coverage` is the share of the decode pairs that ran on resident experts, `bytes_copied` what
     the copy thread moved into slots since the first fill, `streamed_bytes` what the GPU read of
-    experts in host memory (`streamed_experts` of them in decode windows, the others in prefill). A
+    experts in host memory (`streamed_experts` of them in decode windows, the others in prefill);
+    `kept_experts` of these stayed in a slot, which counts among the `loads`. A
     copy is late if its expert had pairs while it was under way, wasted if it was evicted unused.
     Raises ValueError if the model is not attached.
     """
@@ -66,6 +67,7 @@ def _engine_stats(engine: Engine) -> dict[str, Any]:
         "coverage_by_layer": [_share(c[1], c[0]) for c in counters.tolist()],
         "loads": pool.loads,
         "evictions": pool.evictions,
+        "kept_experts": pool.kept,
         "resident": int((pool.slot_of >= 0).sum()),
         "late_copies": engine.copier.late,
         "wasted_copies": engine.copier.wasted,

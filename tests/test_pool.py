@@ -21,13 +21,30 @@ class SlotProtocol(RuleBasedStateMachine):
         super().__init__()
         self.pool = SlotPool([LAYOUT] * LAYERS, SLOTS, torch.device("cpu"))
         self.filling: dict[int, tuple[int, int]] = {}
+        self.unknown: list[tuple[int, int, int]] = []  # exchanges
 
     def slot_tag(self, slot: int) -> torch.Tensor:
         return self.pool.memory[slot, :8].view(torch.int64)
 
     @rule(layer=st.none() | st.integers(0, LAYERS - 1))
     def forward_passes(self, layer):
+        while self.unknown:
+            self.pool.exchanged(*self.unknown.pop(0))
         self.pool.publish(layer)
+
+    @rule(
+        layer=st.integers(0, LAYERS - 1),
+        newcomer=st.integers(0, EXPERTS - 1),
+        victim=st.integers(0, EXPERTS - 1),
+    )
+    def window_exchanges(self, layer, newcomer, victim):
+        """The device puts a missing expert into a resident's slot; the host hears of it later."""
+        address = self.pool.address[layer]
+        if address[newcomer] == 0 and address[victim] != 0:
+            slot = (int(address[victim]) - self.pool.memory.data_ptr()) // self.pool.slot_bytes
+            self.slot_tag(slot)[0] = layer * EXPERTS + newcomer
+            address[newcomer], address[victim] = address[victim].clone(), 0
+            self.unknown.append((layer, newcomer, victim))
 
     @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
     def start_copy(self, layer, expert):
@@ -68,6 +85,21 @@ class SlotProtocol(RuleBasedStateMachine):
         reclaimed = [slot for slot, _ in self.pool._reclaimed]
         everywhere = visible + arriving + reclaimed + list(self.filling)
         assert sorted(everywhere) == list(range(SLOTS))
+        assert self.pool.loads - self.pool.evictions == len(arriving) + len(visible) - sum(
+            len(mail.leaving) for mail in self.pool._mail
+        )
+
+    @invariant()
+    def held_is_resident_or_coming(self):
+        """Once the host knows of every exchange."""
+        if self.unknown:
+            return
+        coming = set(self.filling.values())
+        for layer, mail in enumerate(self.pool._mail):
+            coming |= {(layer, expert) for expert, _ in mail.arriving}
+            for expert in range(EXPERTS):
+                here = self.pool.slot_of[layer, expert] >= 0 and expert not in mail.leaving
+                assert self.pool.held[layer, expert] == (here or (layer, expert) in coming)
 
 
 SlotProtocol.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -75,7 +75,9 @@ def test_windows_that_say_nothing_change_nothing():
 
 
 def test_the_state_is_one_piece(device):
-    state = LayerState.zeros(3, 5, torch.device(device))
+    state = LayerState.new(3, 5, 2, torch.device(device))
+    assert state.exchanged.shape == (3, 2, 2) and (state.exchanged == -1).all()
+    state.exchanged.zero_()
     state.utility[1, 4], state.frequency[2, 0] = 7, 1 << 40
     state.counters[0, 3], state.streamed[2, 0] = 5, 9
     host = state.on_host()

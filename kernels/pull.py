@@ -1,0 +1,109 @@
+"""Brings experts from pinned host memory into GPU memory while other kernels run.
+
+Host memory is read in order and in large pieces, which leaves more of its bandwidth to the CPU than
+an expert FFN that walks through the rows of many programs at once. Whoever needs an expert waits
+for its flag (`wait_for_place`), so that the first experts are used while the last ones are coming.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+_PROGRAMS = 64  # of 8 KB in flight each
+_BLOCK = 2048
+MAX_POLLS = 4_000_000  # of about half a microsecond
+
+
+@triton.jit
+def _pull_kernel(
+    source_ptr,
+    target_ptr,
+    flags_ptr,
+    arrived_ptr,
+    words,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (programs,): all of them copy the first expert, then the next one."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    offs = tl.arange(0, BLOCK)
+    for place in range(PLACES):
+        address = tl.load(source_ptr + place)
+        if address != 0:
+            from_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+            target = tl.load(target_ptr + place)
+            to_ptr = tl.multiple_of(target.to(tl.pointer_type(tl.int32)), 16)
+            for begin in range(pid * BLOCK, words, programs * BLOCK):
+                at = begin + offs
+                tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < words), mask=at < words)
+            tl.debug_barrier()  # every thread has stored before one of them says so
+            before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel")
+            if before == programs - 1:
+                tl.store(arrived_ptr + place, 0)
+                tl.atomic_xchg(flags_ptr + place, 1, sem="release")
+
+
+@triton.jit
+def wait_for_place(flags_ptr, place, failed_ptr, max_polls):
+    """Until the expert of this place has come; too long a wait sets `failed` and goes on."""
+    left = max_polls
+    here = tl.load(flags_ptr + place, volatile=True)
+    while (here == 0) & (left > 0):
+        left -= 1
+        here = tl.load(flags_ptr + place, volatile=True)
+    if here == 0:
+        tl.store(failed_ptr, 1)
+    tl.atomic_add(flags_ptr + place, 0, sem="acquire")
+    tl.debug_barrier()  # no thread reads the expert before all have seen it
+
+
+@triton.jit
+def _wait_kernel(source_ptr, flags_ptr, failed_ptr, max_polls, PLACES: tl.constexpr):
+    for place in range(PLACES):
+        if tl.load(source_ptr + place) != 0:
+            wait_for_place(flags_ptr, place, failed_ptr, max_polls)
+
+
+def pull(places: Any, nbytes: int) -> None:
+    """Fill the places whose source is not 0; the flag of a place becomes 1 when it is complete.
+
+    places: `spac.pull.Places`; nbytes, a multiple of 4: of an expert.
+    """
+    _pull_kernel[(_PROGRAMS,)](
+        places.source,
+        places.target,
+        places.flags,
+        places.arrived,
+        nbytes // 4,
+        PLACES=len(places.source),
+        BLOCK=_BLOCK,
+        num_warps=8,
+    )
+
+
+def wait(places: Any) -> None:
+    """Let the kernels launched from here begin when every place is complete."""
+    _wait_kernel[(1,)](
+        places.source,
+        places.flags,
+        places.failed,
+        MAX_POLLS,
+        PLACES=len(places.source),
+        num_warps=1,
+    )
+
+
+def place_args(table: Any) -> dict[str, Any]:
+    """Keyword arguments of the kernels that wait for experts in the places of an ExpertTable."""
+    places = table.places
+    if places is None:
+        return {"place_ptr": None, "flags_ptr": None, "failed_ptr": None, "WAIT": False}
+    return {
+        "place_ptr": places.of,
+        "flags_ptr": places.flags,
+        "failed_ptr": places.failed,
+        "WAIT": True,
+    }

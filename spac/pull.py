@@ -1,0 +1,119 @@
+"""Experts that a window reads over the link: they come into GPU memory beside the other kernels.
+
+`ops.split_window` chooses them and gives each a place: the slot of a resident that the window does
+not need, where it then stays, or memory of the place's own. `Pull.start` begins to fill the places
+on a stream of its own, and the expert FFN waits for the place of each expert that it needs. All of
+it can be captured in a CUDA graph. Without a GPU the places are filled at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from spac.layout import ExpertLayout
+    from spac.pool import SlotPool
+
+MOST_PLACES = 8  # programs that wait for their expert must leave room for the others
+
+
+@dataclass(frozen=True)
+class Places:
+    """Room for A experts of one layer at a time.
+
+    memory uint8 [A, bytes], of the places' own; source and target int64 [A], addresses of each
+    place's expert in host memory (0: none) and of where it goes; of int32 [E], the place of each
+    expert (-1: none); flags and arrived int32 [A]; failed int32 [1] in host memory, 1 if an expert
+    did not come in time. Of the layer: value float32 [E] of its experts, and exchanged int32
+    [A, 2], which expert took whose slot in the last window (-1: none); `reference.split_window`.
+    """
+
+    memory: Tensor
+    source: Tensor
+    target: Tensor
+    of: Tensor
+    flags: Tensor
+    arrived: Tensor
+    failed: Tensor
+    value: Tensor
+    exchanged: Tensor
+
+    @staticmethod
+    def over(memory: Tensor, value: Tensor, exchanged: Tensor) -> list[Places]:
+        """For every layer of value [L, E] and exchanged [L, A, 2], with all else in common."""
+        device, n = memory.device, len(memory)
+
+        def zeros(dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(n, dtype=dtype, device=device)
+
+        of = torch.full((value.shape[1],), -1, dtype=torch.int32, device=device)
+        failed = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
+        addresses = zeros(torch.int64), zeros(torch.int64)
+        common = memory, *addresses, of, zeros(), zeros(), failed
+        return [Places(*common, *layer) for layer in zip(value, exchanged, strict=True)]
+
+
+class Pull:
+    """Fills the places of one layer after the other, while the stream that chose them goes on."""
+
+    def __init__(self, memory: Tensor, exchanged: Tensor, layouts: list[ExpertLayout]) -> None:
+        """memory uint8 [A, bytes] of the places; exchanged int32 [L, A, 2], a part of the state."""
+        self._bytes = [layout.blob_bytes for layout in layouts]
+        self._exchanged = exchanged
+        shape = len(layouts), layouts[0].num_experts
+        self._value = torch.full(shape, -torch.inf, device=memory.device)  # nothing stays
+        self._shown: np.ndarray | None = None
+        self.places = Places.over(memory, self._value, exchanged)
+        self._stream: torch.cuda.Stream | None = None
+        if memory.is_cuda:
+            # First in the queue, since those that wait for it must not keep it out.
+            self._stream = torch.cuda.Stream(memory.device, priority=-1)
+
+    def start(self, layer: int) -> None:
+        """Begin with the layer's places, once the current stream has come here."""
+        places, nbytes = self.places[layer], self._bytes[layer]
+        if self._stream is None:
+            return _fill(places, nbytes)
+        from spac.kernels.pull import pull
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            pull(places, nbytes)
+
+    def finish(self) -> None:
+        """Let the current stream go on when all have come: the places may be used again."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def check(self) -> None:
+        """RuntimeError if an expert did not come in time."""
+        if int(self.places[0].failed):
+            raise RuntimeError("spac: an expert did not cross the link in time; detach and attach")
+
+    def show(self, value: np.ndarray | None) -> None:
+        """What experts are worth from the next window on, float32 [L, E]; replaced, not changed."""
+        if value is not None and value is not self._shown:
+            self._value.copy_(torch.from_numpy(value))
+            self._shown = value
+
+    def learn(self, exchanged: Tensor, pool: SlotPool) -> None:
+        """Tell the pool what the last window exchanged: the state's part, in host memory."""
+        rows = exchanged.numpy()
+        layers, places = np.nonzero(rows[..., 0] >= 0)
+        for layer, place in zip(layers.tolist(), places.tolist(), strict=True):
+            pool.exchanged(layer, *rows[layer, place].tolist())
+        if len(layers):
+            self._exchanged.fill_(-1)
+
+
+def _fill(places: Places, nbytes: int) -> None:
+    for source, target in zip(places.source.tolist(), places.target.tolist(), strict=True):
+        if source:
+            ctypes.memmove(target, source, nbytes)
+    places.flags.copy_(places.source != 0)
