@@ -69,8 +69,8 @@ def hand_over(layers: int = 48, tokens: int = 9) -> float:
     layout = ExpertLayout(8, 2048, 16, torch.bfloat16)
     store = HostStore([layout] * layers, pin=True)
     tables = [(store.allocate(), store.table(layer))[1] for layer in range(layers)]
-    device = torch.device(DEV)
-    link = HandOff(tables, tokens, 8, torch.bfloat16, device)
+    waited = torch.zeros(layers, dtype=torch.int32, device=DEV)
+    link = HandOff(tables, tokens, 8, torch.bfloat16, waited)
     hidden = torch.randn(tokens, 2048, device=DEV).bfloat16()
     ids = torch.full((tokens, 8), -1, dtype=torch.int32, device=DEV)
     weights, partial = torch.rand(tokens, 8, device=DEV), torch.randn(tokens, 2048, device=DEV)

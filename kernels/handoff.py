@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import globaltimer
 
 _BLOCK = 1024
-# Polls of one flag, each a read over PCIe of about a microsecond: 2 to 4 s.
+# Looks at one flag, each a read over PCIe of a microsecond or more: 2 to 4 s.
 _MAX_POLLS = 2_500_000
 
 
@@ -43,6 +44,14 @@ def _ring_kernel(bell_ptr, window_ptr, layer):
 
 
 @triton.jit
+def _look(flag_ptr, THREADS: tl.constexpr):
+    """The flag in host memory, read by one thread: what every thread reads of it by itself would
+    keep the link busy with nothing else."""
+    offs = tl.arange(0, THREADS)
+    return tl.max(tl.load(flag_ptr + offs, mask=offs == 0, other=0, volatile=True), axis=0)
+
+
+@triton.jit
 def _join_kernel(
     partial_ptr,
     rest_ptr,
@@ -51,26 +60,40 @@ def _join_kernel(
     done_ptr,
     failed_ptr,
     window_ptr,
-    polls_ptr,
+    seen_ptr,
+    waited_ptr,
     layer,
     max_polls,
+    THREADS: tl.constexpr,
+    CLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every program waits by itself, up to `max_polls`, not at all if a wait has failed before."""
+    """The first program waits for the CPU, up to `max_polls` looks, not at all if a wait has failed
+    before; the others wait for what it says behind `seen_ptr`."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     total = tl.load(partial_ptr + offs, mask=mask)
     window = tl.load(window_ptr)
-    most = tl.where(tl.load(failed_ptr, volatile=True) == 0, max_polls, 0)
-    left = most
-    done = tl.load(done_ptr + layer, volatile=True)
-    while (done < window) & (left > 0):
-        left -= 1
-        done = tl.load(done_ptr + layer, volatile=True)
     if tl.program_id(0) == 0:
-        tl.store(polls_ptr + layer, most - left)
-    if done < window:
-        tl.store(failed_ptr, 1)
+        begin = globaltimer() if CLOCK else 0
+        left = tl.where(_look(failed_ptr, THREADS) == 0, max_polls, 0)
+        waited = 0
+        done = _look(done_ptr + layer, THREADS)
+        while (done < window) & (left > 0):
+            left -= 1
+            waited += 1
+            done = _look(done_ptr + layer, THREADS)
+        if CLOCK and waited > 0:
+            waited = ((globaltimer() - begin) // 1000).to(tl.int32)
+        tl.store(waited_ptr + layer, waited)
+        if done < window:
+            tl.store(failed_ptr, 1)
+        tl.debug_barrier()
+        tl.atomic_xchg(seen_ptr + layer, window, sem="release")
+    else:
+        seen = tl.load(seen_ptr + layer, volatile=True)
+        while seen < window:
+            seen = tl.load(seen_ptr + layer, volatile=True)
     tl.debug_barrier()  # no thread reads what the CPU wrote before all have seen that it did
     total += tl.load(rest_ptr + offs, mask=mask, volatile=True)
     tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=mask)
@@ -101,19 +124,20 @@ def join(
     done: Tensor,
     failed: Tensor,
     window: Tensor,
-    polls: Tensor,
+    seen: Tensor,
+    waited: Tensor,
     layer: int,
     max_polls: int = _MAX_POLLS,
 ) -> Tensor:
     """partial + rest in `dtype`, fp32 [T, H] each, rest in host memory once done[layer] >= window.
 
-    A wait that is too long sets `failed` and goes on. polls int32 [L], on the device: how many more
-    looks than one it took, a microsecond each.
+    A wait that is too long sets `failed` and goes on. On the device: seen int32 [L], the last
+    window of each layer; waited int32 [L], microseconds (looks, in the interpreter).
     """
     y = torch.empty(partial.shape, dtype=dtype, device=partial.device)
     n = y.numel()
     _join_kernel[(triton.cdiv(n, _BLOCK),)](
-        partial.contiguous(), rest, y, n, done, failed, window, polls, layer, max_polls,
-        BLOCK=_BLOCK, num_warps=4,
+        partial.contiguous(), rest, y, n, done, failed, window, seen, waited, layer, max_polls,
+        THREADS=128, CLOCK=partial.is_cuda, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return y

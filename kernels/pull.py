@@ -12,8 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-_PROGRAMS = 64  # of 8 KB in flight each
-_BLOCK = 2048
+_PROGRAMS = 64  # of 16 KB in flight each
+_BLOCK = 4096
 MAX_POLLS = 4_000_000  # of about half a microsecond
 
 

@@ -218,6 +218,6 @@ def split_window(
         EXPERTS=experts,
         CHUNK_E=min(experts, most),
         BLOCK_P=min(triton.next_power_of_2(ids.numel()), most),
-        num_warps=16,
+        num_warps=8,
     )
     return where, cpu_ids

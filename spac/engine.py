@@ -238,9 +238,8 @@ class Engine:
     def open_handoff(self, dtype: torch.dtype) -> None:
         """Start the worker that answers the windows, if it does not run."""
         if self.handoff is None:
-            self.handoff = HandOff(
-                self.host_tables, self.config.max_window, self.top_k, dtype, self.device
-            )
+            sizes = self.config.max_window, self.top_k, dtype
+            self.handoff = HandOff(self.host_tables, *sizes, self._state.waited)
 
     def begin_window(self, width: int) -> None:
         """Before a forward by flags over `width` tokens: every layer's slot changes, the bell."""
@@ -358,8 +357,7 @@ class Engine:
         before, self._counted = self._counted, (state.counters.numpy(), state.streamed.numpy())
         if times is None or before is None:
             return None
-        assert self.handoff is not None
-        waited = self.handoff.waited.cpu().numpy() * 1e-6
+        waited = state.waited.numpy() * 1e-6
         counts, streamed = (now - then for now, then in zip(self._counted, before, strict=True))
         return Work(width, counts, streamed[:, 0], times, waited)
 

@@ -40,11 +40,14 @@ class HandOff:
         tokens: int,
         top_k: int,
         dtype: torch.dtype,
-        device: torch.device,
+        waited: Tensor,
         limit_s: float = 3.0,
     ) -> None:
+        """waited int32 [L], on the device: microseconds that it waited for each layer's answer in
+        the last window."""
         from spac import _C  # noqa: F401  (loads the operators)
 
+        device = waited.device
         pin = device.type == "cuda"
 
         def host(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -62,8 +65,9 @@ class HandOff:
         # Of each layer in the last window: time.perf_counter_ns() when the worker began and ended.
         self.times = torch.zeros(len(tables), 2, dtype=torch.int64)
         self._window = torch.zeros(1, dtype=torch.int32, device=device)
-        # Microseconds that the device waited for each layer's answer in the last window.
-        self.waited = torch.zeros(len(tables), dtype=torch.int32, device=device)
+        # The last window that the device has taken each layer's answer of.
+        self._seen = torch.zeros(len(tables), dtype=torch.int32, device=device)
+        self._waited = waited
         self._count = 0
         self._cause: BaseException | None = None
         self._hook = _HOOK(self._call_hook)
@@ -103,13 +107,13 @@ class HandOff:
         if self.device.type == "cuda":
             from spac.kernels.handoff import join as launch
 
-            flags = self.done, self.failed, self._window, self.waited
+            flags = self.done, self.failed, self._window, self._seen, self._waited
             return launch(partial, rest, dtype, *flags, layer)
         limit = 0.0 if int(self.failed) else self.limit_s
         start = time.perf_counter()
         if not torch.ops.spac.wait_flag(self.done, layer, int(self._window), limit):
             self.failed.fill_(1)
-        self.waited[layer] = int(1e6 * (time.perf_counter() - start))
+        self._waited[layer] = int(1e6 * (time.perf_counter() - start))
         return ops.combine([partial, rest], dtype)
 
     def check(self) -> None:

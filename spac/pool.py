@@ -41,6 +41,9 @@ class SlotPool:
         self.num_slots = num_slots
         self.memory = torch.empty(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
         self.address = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(
+            self.address.shape, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
         self.slot_of = np.full((num_layers, num_experts), -1, dtype=np.int32)  # published
         self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
         self.loads = 0
@@ -87,26 +90,30 @@ class SlotPool:
             self.kept += len(new)
             self._show(slice(layer, layer + 1))
 
-    def exchanged(self, layer: int, newcomer: int, victim: int) -> None:
-        """The device has put an expert into a resident's slot (`spac.pull`) and says so in the
-        address table: the host follows, before the next `publish`."""
+    def exchanged(self, layers: np.ndarray, newcomers: np.ndarray, victims: np.ndarray) -> None:
+        """The device has put experts into residents' slots (`spac.pull`) and says so in the address
+        table: the host follows, before the next `publish`. One window's, int [n] each."""
         with self._lock:
-            mail, slot = self._mail[layer], int(self.slot_of[layer, victim])
-            self.slot_of[layer, [newcomer, victim]] = slot, -1
-            if victim in mail.leaving:  # that was an eviction already
-                mail.leaving.remove(victim)
-            else:
-                self.evictions += 1
-                self.held[layer, victim] = False
-            for expert, second in mail.arriving:
-                if expert == newcomer:
-                    mail.arriving.remove((expert, second))
-                    self._reclaimed.append((second, None))
+            before = self.held[layers, victims]
+            self.slot_of[layers, newcomers] = self.slot_of[layers, victims]
+            self.slot_of[layers, victims] = -1
+            self.held[layers, victims] = False
+            self.held[layers, newcomers] = True
+            self.loads += len(layers)
+            self.evictions += len(layers)
+            self.kept += len(layers)
+            for i in np.flatnonzero([bool(self._mail[x].leaving) for x in layers]):
+                leaving, victim = self._mail[layers[i]].leaving, victims[i]
+                if victim in leaving:  # that was an eviction already
+                    leaving.remove(victim)
+                    self.evictions -= 1
+                    self.held[layers[i], victim] = before[i]
+            for i in np.flatnonzero([bool(self._mail[x].arriving) for x in layers]):
+                mail = self._mail[layers[i]]
+                for expert, slot in [m for m in mail.arriving if m[0] == newcomers[i]]:
+                    mail.arriving.remove((expert, slot))
+                    self._reclaimed.append((slot, None))
                     self.loads -= 1
-                    break
-            self.held[layer, newcomer] = True
-            self.loads += 1
-            self.kept += 1
 
     def complete(self, layer: int) -> bool:
         """Every expert of the layer is resident for the kernels launched from here."""
@@ -115,13 +122,13 @@ class SlotPool:
     def _show(self, layers: slice) -> torch.cuda.Event | None:
         """Write the addresses of these layers; the event that the kernels launched so far, and this
         write, are done."""
-        slots, target = self.slot_of[layers], self.address[layers]
-        start = self.memory.data_ptr()
-        rows = torch.from_numpy(np.where(slots >= 0, start + slots * np.int64(self.slot_bytes), 0))
-        if not target.is_cuda:
-            target.copy_(rows)
+        slots, rows = self.slot_of[layers], self._rows[layers]
+        start, size = self.memory.data_ptr(), np.int64(self.slot_bytes)
+        rows.copy_(torch.from_numpy(np.where(slots >= 0, start + slots * size, 0)))
+        # A copy that is still waiting may take these rows already: they are as good for it.
+        self.address[layers].copy_(rows, non_blocking=True)
+        if not self.address.is_cuda:
             return None
-        target.copy_(rows.pin_memory(), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return event

@@ -106,9 +106,8 @@ class Pull:
         """Tell the pool what the last window exchanged: the state's part, in host memory."""
         rows = exchanged.numpy()
         layers, places = np.nonzero(rows[..., 0] >= 0)
-        for layer, place in zip(layers.tolist(), places.tolist(), strict=True):
-            pool.exchanged(layer, *rows[layer, place].tolist())
         if len(layers):
+            pool.exchanged(layers, *rows[layers, places].T)
             self._exchanged.fill_(-1)
 
 

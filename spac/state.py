@@ -11,40 +11,45 @@ from torch import Tensor
 @dataclass(frozen=True)
 class LayerState:
     """Views of `memory`: utility int32 [L, E], frequency int64 [L, E] (pairs since attach),
-    counters int64 [L, 4] (`ops.verify`), streamed int64 [L, 1] (experts), exchanged int32
-    [L, A, 2] (`spac.pull`)."""
+    counters int64 [L, 4] (`ops.verify`), streamed int64 [L, 1] (experts), waited int32 [L]
+    (`HandOff`), exchanged int32 [L, A, 2] (`spac.pull`)."""
 
     memory: Tensor
+    staging: Tensor  # in host memory, for copies of it
     utility: Tensor
     frequency: Tensor
     counters: Tensor
     streamed: Tensor
+    waited: Tensor
     exchanged: Tensor
 
     @staticmethod
     def new(layers: int, experts: int, places: int, device: torch.device) -> LayerState:
         """Zeros, and nothing exchanged."""
-        size = layers * (8 * (experts + 4 + 1) + 4 * (experts + 2 * places))
+        size = layers * (8 * (experts + 4 + 1) + 4 * (experts + 1 + 2 * places))
         memory = torch.zeros(size, dtype=torch.uint8, device=device)
-        state = LayerState._of(memory, layers, experts)
+        staging = torch.zeros(size, dtype=torch.uint8, pin_memory=memory.is_cuda)
+        state = LayerState._of(memory, staging, layers, experts)
         state.exchanged.fill_(-1)
         return state
 
     @staticmethod
-    def _of(memory: Tensor, layers: int, experts: int) -> LayerState:
-        sizes = [8 * layers * experts, 8 * layers * 4, 8 * layers, 4 * layers * experts]
+    def _of(memory: Tensor, staging: Tensor, layers: int, experts: int) -> LayerState:
+        sizes = [8 * layers * experts, 8 * layers * 4, 8 * layers, 4 * layers * experts, 4 * layers]
         *most, exchanged = memory.split([*sizes, len(memory) - sum(sizes)])
-        frequency, counters, streamed, utility = most
+        frequency, counters, streamed, utility, waited = most
         return LayerState(
             memory,
+            staging,
             utility.view(torch.int32).view(layers, experts),
             frequency.view(torch.int64).view(layers, experts),
             counters.view(torch.int64).view(layers, 4),
             streamed.view(torch.int64).view(layers, 1),
+            waited.view(torch.int32),
             exchanged.view(torch.int32).view(layers, len(exchanged) // (8 * layers), 2),
         )
 
     def on_host(self) -> LayerState:
         """A copy in host memory, once the device has come so far."""
-        memory = torch.empty(self.memory.shape, dtype=torch.uint8).copy_(self.memory)
-        return LayerState._of(memory, *self.utility.shape)
+        memory = self.staging.copy_(self.memory).clone()
+        return LayerState._of(memory, self.staging, *self.utility.shape)

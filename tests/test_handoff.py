@@ -39,18 +39,20 @@ def test_send(tokens, hidden, top_k, dtype, device):
 def test_join_adds_when_done_and_gives_up_when_not(device, dtype):
     done, failed = host(3, dtype=torch.int32), host(1, dtype=torch.int32).zero_()
     flags = done, failed, torch.tensor([5], dtype=torch.int32, device=device)
-    polls = torch.full((3,), -7, dtype=torch.int32, device=device)
+    seen = torch.zeros(3, dtype=torch.int32, device=device)
+    waited = torch.full((3,), -7, dtype=torch.int32, device=device)
     partial, rest = torch.randn(9, 300, device=device), host(9, 300, dtype=torch.float32)
     rest.copy_(torch.randn(9, 300))
     wanted = (partial.cpu() + rest).to(dtype)
     done[1] = 5
-    y = join(partial, rest, dtype, *flags, polls, 1).cpu()
+    y = join(partial, rest, dtype, *flags, seen, waited, 1).cpu()
     torch.testing.assert_close(y, wanted, rtol=0.01 * (dtype != torch.float32), atol=0)
     assert failed.item() == 0
-    join(partial, rest, dtype, *flags, polls, 2, max_polls=50)
+    join(partial, rest, dtype, *flags, seen, waited, 2, max_polls=50)
     sync()
     assert failed.item() == 1
-    join(partial, rest, dtype, *flags, polls, 0)  # at once: nobody answers any more
+    join(partial, rest, dtype, *flags, seen, waited, 0)  # at once: nobody answers any more
     sync()
     assert failed.item() == 1
-    assert polls.tolist() == [0, 0, 50]
+    assert waited.tolist()[:2] == [0, 0] and waited[2] >= 1
+    assert seen.tolist() == [5, 5, 5]

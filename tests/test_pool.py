@@ -29,7 +29,7 @@ class SlotProtocol(RuleBasedStateMachine):
     @rule(layer=st.none() | st.integers(0, LAYERS - 1))
     def forward_passes(self, layer):
         while self.unknown:
-            self.pool.exchanged(*self.unknown.pop(0))
+            self.pool.exchanged(*np.array([self.unknown.pop(0)]).T)
         self.pool.publish(layer)
 
     @rule(

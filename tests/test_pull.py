@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,7 +152,7 @@ def test_a_copy_that_comes_second_gives_its_slot_back():
     pool.publish()
     slot = pool.take()
     pool.held[0, 3] = True
-    pool.exchanged(0, 3, 0)
+    pool.exchanged(*np.array([[0, 3, 0]]).T)
     pool.load(0, 3, slot)
     pool.publish()
     assert pool.take() == slot and pool.loads - pool.evictions == 1

@@ -131,7 +131,8 @@ def handoff(device, limit_s=3.0):
     for _ in range(2):
         store.allocate().view(torch.float32).normal_()
     tables = [store.table(layer) for layer in range(2)]
-    return HandOff(tables, 6, 3, torch.float32, torch.device(device), limit_s), store, tables
+    waited = torch.zeros(len(tables), dtype=torch.int32, device=device)
+    return HandOff(tables, 6, 3, torch.float32, waited, limit_s), store, tables
 
 
 def window(link, device, width):
