@@ -32,7 +32,7 @@ SHAPES = {
     "gpt-oss-20b": (2880, 2880),
 }
 COLUMNS = ["trace", "profile", "window", "cache", "GB/s", "policy", "coverage", "copies/window"]
-COLUMNS += ["streamed/window", "MB/token", "late", "wasted", "tokens/s", "of oracle"]
+COLUMNS += ["streamed/window", "kept/window", "MB/token", "late", "wasted", "tokens/s", "of oracle"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streaming", action="store_true", help="three-way split")
     parser.add_argument("--max-copies", type=int, metavar="N",
                         help="copy in rounds of N a window, as the engine does")  # fmt: skip
+    parser.add_argument("--keep", action="store_true",
+                        help="with --max-copies: what streams stays, the oracle's too")  # fmt: skip
+    parser.add_argument("--draft-copies", action="store_true",
+                        help="with --keep: copy what the last window used in drafts")  # fmt: skip
     parser.add_argument("--prompt", type=int, default=0, metavar="TOKENS",
                         help="at the trace's start, which the policies begin from")  # fmt: skip
     parser.add_argument("--live", action="store_true", help="scores may change within a window")
@@ -91,6 +95,8 @@ def after_prompt(trace: Trace, tokens: int) -> tuple[NDArray[np.float64], Trace]
 
 def run(args: argparse.Namespace) -> Table:
     """One row per combination; the last column compares with the prefetch oracle."""
+    if (args.keep and args.max_copies is None) or (args.draft_copies and not args.keep):
+        raise ValueError("replay: --keep needs --max-copies, --draft-copies needs --keep")
     draft = find_machine(args.profile).draft_token
     rows: list[list[Any]] = []
     kept: list[tuple[list[Any], Replay]] = []
@@ -110,15 +116,18 @@ def run(args: argparse.Namespace) -> Table:
         if rate is not None:
             options["prompt"] = rate * (5 if window == "auto" else int(window))
         oracle = None
+        rounds = {"max_copies": args.max_copies, "keep": args.keep}
+        rounds["draft_copies"] = args.draft_copies
         if window != "auto":
             windows = make_windows(trace, int(window) - 1, args.acceptance, args.rejected)
-            oracle = oracle_bound(windows, trace.num_experts, cost, slots, **options)
+            bound = options | (rounds if args.keep else {})
+            oracle = oracle_bound(windows, trace.num_experts, cost, slots, **bound)
         for policy_name in args.policy:
             weight = args.rejected_weight
             policy = make_policy(policy_name, layers, trace.num_experts, slots, weight)
             if args.live or policy_name == "activation":
                 options["live"] = True
-            options |= {"profile": begin, "max_copies": args.max_copies}
+            options |= {"profile": begin, **rounds}
             if window == "auto":
                 source = WindowSource(trace, args.acceptance, args.rejected)
                 result = replay_auto(source, policy, cost, slots, **options)
@@ -126,7 +135,7 @@ def run(args: argparse.Namespace) -> Table:
                 balancer = Balancer() if args.balance else None
                 result = replay(windows, policy, cost, slots, balancer=balancer, **options)
             options.pop("live", None)
-            for key in ("profile", "max_copies"):
+            for key in ("profile", *rounds):
                 options.pop(key, None)
             row = [name, args.profile, window, share, round(1e-9 / cost.h2d_byte, 1), policy_name]
             rows.append(row + _figures(result, oracle))
@@ -137,7 +146,8 @@ def run(args: argparse.Namespace) -> Table:
         f"predicted by the cost model of {args.profile!r}: {find_machine(args.profile).source}",
         f"first {args.warmup:.0%} of each trace not counted; acceptance {args.acceptance:g},"
         f" rejected rows routed by the model {args.rejected!r}",
-        "oracle: knows the future, same link and pool, best of its discounts",
+        "oracle: knows the future, same link and pool, best of its discounts"
+        + (", copies and keeps as the policies do" if args.keep else ", no rounds"),
     ]
     return Table(COLUMNS, rows, "Replay of routing traces", notes)
 
@@ -166,6 +176,7 @@ def _figures(r: Replay, oracle: Replay | None) -> list[Any]:
         r.coverage,
         r.copies / n,
         r.streamed / n,
+        r.kept / n,
         r.bytes_per_token / 1e6,
         r.late,
         r.wasted,

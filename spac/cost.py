@@ -103,16 +103,16 @@ class CostModel:
         cpu, link = self.cpu(experts, pairs), self.stream(experts)
         return cpu * link / np.maximum(cpu + link, 1e-30)
 
-    def streams(self, most: int, busy: float = 0.0) -> NDArray[np.int32]:
+    def streams(self, most: int, busy: float = 0.0, within: float = 1.05) -> NDArray[np.int32]:
         """Of n = 0..most missing experts with a pair each, how many the GPU should read from host
         memory while the CPU computes the others, when its resident ones take `busy` seconds: int32
-        [most + 1]. The fewest within 5 % of the best, since the copies need the link as well."""
+        [most + 1]. The fewest `within` so many times the best: copies need the link as well."""
         n = np.arange(most + 1)[:, None]
         streamed = np.arange(most + 1)[None, :]
         left = np.maximum(n - streamed, 0)
         seconds = np.maximum(self.cpu(left, left), busy + self.stream(streamed))
         seconds = np.where(streamed <= n, seconds, np.inf)
-        good = seconds <= 1.05 * seconds.min(axis=1, keepdims=True)
+        good = seconds <= within * seconds.min(axis=1, keepdims=True)
         return good.argmax(axis=1).astype(np.int32)
 
     def beside_link(self, most: int) -> CostModel:

@@ -28,6 +28,7 @@ class Policy:
     names: tuple[str, ...] = ()
     margin = 0.0
     foresight = False  # True: `prepare` must be told the future
+    pair = 1.0  # what a pair of the present window adds to a value (`spac.keep`)
 
     def __init__(
         self, num_layers: int, num_experts: int, slots: int, rejected_weight: float = 1.0
@@ -78,6 +79,12 @@ class Policy:
     def score(self) -> Floats:
         """Priority [L, E]: higher is fetched first and evicted last."""
         raise NotImplementedError
+
+    def value(self) -> Floats:
+        """What the slot of an expert is worth [L, E], in pairs of a window (`spac.keep`): here its
+        rank in the layer, less than one pair, so that what a window used stays."""
+        order = self.score().argsort(axis=1, kind="stable")
+        return order.argsort(axis=1) / self.shape[1]
 
     def wanted(self) -> NDArray[np.bool_] | None:
         """Experts [L, E] worth a copy at all; None means every one."""
@@ -144,6 +151,7 @@ class Static(Policy):
     """The most used experts of the whole run, never changed: hindsight, no adaptation."""
 
     foresight = True
+    pair = 0.0
 
     def prepare(self, counts: Floats) -> None:
         self._score = (counts > 0).sum(axis=0) + 1e-6 * counts.sum(axis=0)
@@ -162,6 +170,7 @@ class DemandBelady(Policy):
     """Fetches only what the last window used, keeps what is needed soonest (knows the future)."""
 
     foresight = True
+    pair = 0.0
     names = ("used",)
 
     def prepare(self, counts: Floats) -> None:
@@ -177,6 +186,9 @@ class DemandBelady(Policy):
     def score(self) -> Floats:
         return 1 / self._next[self.window]
 
+    def value(self) -> Floats:
+        return 1 / self._next[min(self.window + 1, len(self._next) - 1)]
+
     def wanted(self) -> NDArray[np.bool_]:
         return self.state["used"] > 0
 
@@ -187,6 +199,7 @@ class PrefetchOracle(Policy):
     over `DISCOUNTS` (see `spac.replay.oracle_bound`)."""
 
     foresight = True
+    pair = 0.0
     DISCOUNTS = (0.2, 0.45, 0.7, 0.9)
     discount = 0.45
 
@@ -203,6 +216,9 @@ class PrefetchOracle(Policy):
     def score(self) -> Floats:
         return self._score
 
+    def value(self) -> Floats:
+        return self._future[min(self.window + 1, len(self._future) - 1)]
+
 
 class Spac(Policy):
     """The paper's utility as sensor; mode "reference" or "calibrated".
@@ -217,6 +233,7 @@ class Spac(Policy):
     names = ("utility", "count", "pairs")
     MEMORY = 12.0  # pairs of a layer per expert, after which the oldest count 1 / e
     MARGIN = 0.008  # of the layer's pairs
+    USUAL = 0.25  # pairs that an expert of the mean share is worth
 
     def __init__(
         self,
@@ -271,6 +288,11 @@ class Spac(Policy):
 
     def score(self) -> Floats:
         return self.share + (self.state["utility"] if self.mode == "reference" else 0.0)
+
+    def value(self) -> Floats:
+        if self.mode == "reference":
+            return super().value()
+        return self.USUAL * self.shape[1] * self.score()
 
 
 class ActivationAware(Spac):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +97,7 @@ class Replay:
     resident_pairs: float = 0.0
     copies: int = 0  # experts copied in the background
     streamed: int = 0  # experts read over the link because they were needed at once
+    kept: int = 0  # of those, that stayed in a slot
     late: int = 0  # experts needed while their copy was under way
     wasted: int = 0  # background copies evicted before a pair used them
     step_seconds: list[float] = field(default_factory=list)  # every window, warm-up included
@@ -133,6 +135,8 @@ def replay(
     live: bool = False,
     streaming: bool = False,
     max_copies: int | None = None,
+    keep: bool = False,
+    draft_copies: bool = False,
     draft_token: float = 0.0,
     warmup: float = 0.25,
     balancer: Balancer | None = None,
@@ -148,6 +152,8 @@ def replay(
     CPU, as many as make the layer fastest, and stay if they beat a resident (three-way split).
     max_copies: copy as the engine does, in rounds of so many a window (`replay_slots.Rounds`), and
     stream as many as `CostModel.streams` says, which do not stay; None: copies follow one another.
+    keep: with it, what streams stays as `spac.keep` says. draft_copies: with `keep`, what the last
+    window used is also copied while a draft runs, before the next window begins.
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
     profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
     prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from; without
@@ -170,21 +176,21 @@ def replay(
     if max_copies is None:
         pool = Slots(layers, num_experts, slots, cost, fill)
     else:
-        pool = Rounds(layers, num_experts, slots, cost, max_copies, fill, prompt is not None)
-        table = cost.streams(num_experts)
+        told = prompt is not None
+        pool = Rounds(layers, num_experts, slots, cost, max_copies, fill, told, keep, draft_copies)
+        table = cost.streams(num_experts, within=1.0 if keep else 1.05)
     handoff = cost.handoff if slots < layers * num_experts else 0.0
     out = Replay(expert_bytes=cost.expert_bytes)
     for w, window in enumerate(windows):
         counted = window.at >= warmup
         if counted and not out.windows:
-            pool.started = pool.wasted = 0
+            pool.started = pool.wasted = pool.kept = 0
         W = len(window.ids)
         if balancer is not None and isinstance(policy, Spac) and w and w % balance_every == 0:
             _balance(policy, balancer, pool, cost, slots, W, out.step_seconds, balance_every)
         pool.rank(policy)
         seconds, pairs, resident_pairs = draft_token * (W - 1), 0.0, 0.0
-        pool.run(seconds)
-        pool.begin_window(policy)
+        pool.begin_window(policy, seconds)
         for layer in range(layers):
             ids = window.ids[:, layer]
             n = pair_counts(ids, num_experts)
@@ -192,7 +198,12 @@ def replay(
             here = pool.resident[offset : offset + num_experts]
             hit, missing = np.flatnonzero((n > 0) & here), np.flatnonzero((n > 0) & ~here)
             pool.unused[offset + hit] = False
-            streamed = _streamed(cost, n, hit, missing, pool, table) if streaming else missing[:0]
+            if not streaming:
+                streamed = missing[:0]
+            elif keep and isinstance(pool, Rounds) and table is not None:
+                streamed = pool.choose(layer, n, policy.pair, int(table[len(missing)]))
+            else:
+                streamed = _streamed(cost, n, hit, missing, pool, table)
             if counted:
                 coming = pool.under_way() - offset
                 out.late += int((n[coming[(coming >= 0) & (coming < num_experts)]] > 0).sum())
@@ -226,7 +237,7 @@ def replay(
             out.resident_pairs += resident_pairs
         if on_window is not None:
             on_window(window, seconds)
-    out.copies, out.wasted = pool.started, pool.wasted
+    out.copies, out.wasted, out.kept = pool.started, pool.wasted, pool.kept
     return out
 
 
@@ -235,30 +246,15 @@ def oracle_bound(
     num_experts: int,
     cost: CostModel,
     slots: int,
-    *,
-    streaming: bool = False,
-    draft_token: float = 0.0,
-    warmup: float = 0.25,
-    prompt: NDArray[np.float64] | None = None,
+    **options: Any,
 ) -> Replay:
-    """The best replay of `PrefetchOracle` over its discounts: the bound for this link and pool."""
+    """The best replay of `PrefetchOracle` over its discounts: the bound for this link and pool.
+    options: of `replay`."""
     runs = []
     for discount in PrefetchOracle.DISCOUNTS:
         oracle = PrefetchOracle(windows[0].ids.shape[1], num_experts, slots)
         oracle.discount = discount
-        runs.append(
-            replay(
-                windows,
-                oracle,
-                cost,
-                slots,
-                live=True,
-                streaming=streaming,
-                draft_token=draft_token,
-                warmup=warmup,
-                prompt=prompt,
-            )
-        )
+        runs.append(replay(windows, oracle, cost, slots, live=True, **options))
     return max(runs, key=lambda r: r.tokens_per_second)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spac.cost import CostModel
+from spac.keep import exchange, margin, stream_and_keep
 from spac.policy import Policy
 
 
@@ -33,11 +34,12 @@ class Slots:
         self.cost, self.copy_seconds = cost, float(cost.h2d(1))
         self.coming, self.left = -1, 0.0
         self.unused = np.zeros_like(self.resident)  # copied, no pair yet
-        self.started = self.wasted = 0
+        self.started = self.wasted = self.kept = 0
         self.margin = 0.0
 
-    def begin_window(self, policy: Policy) -> None:
-        """Before the layers of a window, after its draft: nothing, copies follow one another."""
+    def begin_window(self, policy: Policy, drafting: float = 0.0) -> None:
+        """Before a window's layers: copies made use of the seconds that its draft took."""
+        self.run(drafting)
 
     def under_way(self) -> NDArray[np.intp]:
         """Experts whose copy has begun and that no pair can use yet."""
@@ -115,6 +117,8 @@ class Rounds(Slots):
     ended are seen; then the round's copies start into free slots, in the order of the scores, and
     victims are chosen for the newcomers that found none. Streams share the link with the copies.
     prompt: the policy knows a prompt, so that the first two rounds have no limit.
+    keep: what streams may stay (`spac.keep`), seen when the next window begins, and rounds go by
+    values. draft_copies: while a draft runs, experts of the window before it are exchanged at once.
     """
 
     def __init__(
@@ -126,28 +130,63 @@ class Rounds(Slots):
         most: int,
         first: NDArray[np.float64] | None = None,
         prompt: bool = False,
+        keep: bool = False,
+        draft_copies: bool = False,
     ) -> None:
         super().__init__(layers, experts, slots, cost, first)
-        self.most, self._unlimited = most, 2 * (prompt and most > 0)
+        self.most, self._unlimited = most, 2 * (prompt and most > 0 and not keep)
+        self.keep_streamed, self.draft_copies = keep, draft_copies
+        self._pairs = np.zeros((layers, experts))  # of the last window
+        self._streamed = 0  # experts, in that window
         self._queue: list[int] = []  # copies of the round, in order
         self._arrived: list[int] = []
         self._leaving: list[int] = []
+        self._kept: list[tuple[int, int]] = []  # (newcomer, whose slot it took) of the last window
 
-    def begin_window(self, policy: Policy) -> None:
+    def begin_window(self, policy: Policy, drafting: float = 0.0) -> None:
+        idle = max(drafting - self.left, 0.0)
+        self.run(drafting)
         self.resident[self._leaving] = False
         self.unused[self._leaving] = False
         self.free += len(self._leaving)
         self._leaving = []
         self.resident[self._arrived] = True
         self._arrived = []
+        for new, old in self._kept:
+            self._replace(new, old)
+        self._kept = []
+        if self.draft_copies and self._pairs.any():
+            key = (policy.value() + policy.pair * self._pairs).ravel()
+            key[self._queue] = -np.inf
+            if (wanted := policy.wanted()) is not None:
+                key[~wanted.ravel() & ~self.resident] = -np.inf
+            for new, old in zip(
+                *exchange(key, self.resident, int(idle / self.copy_seconds)), strict=True
+            ):
+                self._replace(int(new), int(old))
+                self.unused[new] = True
+                self.started += 1
         if not self._queue:
             self._round(policy)
+        if self.keep_streamed:
+            value = policy.value().ravel().copy()
+            value[self._queue] = -np.inf
+            value[self._leaving] = np.inf
+            self._value = value.reshape(self._pairs.shape)
+        self._streamed = 0
+
+    def _replace(self, new: int, old: int) -> None:
+        self.wasted += int(self.unused[old])
+        self.unused[old] = self.resident[old] = False
+        self.resident[new] = True
 
     def rank(self, policy: Policy) -> None:
         """Nothing: a round keeps the order that it began with."""
 
     def _round(self, policy: Policy) -> None:
-        score = policy.score().ravel()
+        by_value = self.keep_streamed
+        score = (policy.value() if by_value else policy.score()).ravel()
+        least = margin(self._streamed / len(self._pairs)) if by_value else policy.margin
         wanted = policy.wanted()
         missing = ~self.resident if wanted is None else ~self.resident & wanted.ravel()
         order = np.flatnonzero(missing)
@@ -162,10 +201,22 @@ class Rounds(Slots):
         held = np.flatnonzero(self.resident)
         victims = held[np.argsort(score[held], kind="stable")]
         for newcomer, victim in zip(order[now + self.free :], victims, strict=False):
-            if score[newcomer] <= score[victim] + policy.margin:
+            if score[newcomer] <= score[victim] + least:
                 break
             self.wasted += int(self.unused[victim])
             self._leaving.append(int(victim))
+
+    def choose(
+        self, layer: int, n: NDArray[np.float64], pair: float, streams: int
+    ) -> NDArray[np.intp]:
+        """The experts that a layer streams, highest key first; those worth it will stay."""
+        value, offset = self._value[layer], layer * len(n)
+        here = self.resident[offset : offset + len(n)]
+        streamed, new, old = stream_and_keep(n, value, value + pair * n, here, streams)
+        self._kept += zip((new + offset).tolist(), (old + offset).tolist(), strict=True)
+        self._pairs[layer] = n
+        self.kept += len(new)
+        return streamed
 
     def under_way(self) -> NDArray[np.intp]:
         return np.array(self._queue + self._arrived, dtype=np.intp)
@@ -187,6 +238,7 @@ class Rounds(Slots):
 
     def stream(self, streamed: int) -> float:
         took, (_, rest) = float(self.link_seconds(streamed)), self._sharing()
+        self._streamed += streamed
         beside = min(took, self.left / rest)
         self.run(beside * rest)
         return took

@@ -28,9 +28,20 @@ def test_every_policy_answers_with_a_finite_score(name):
     for w in range(4):
         score = policy.score()
         assert score.shape == (L, E) and np.isfinite(score).all()
+        value = policy.value()
+        assert value.shape == (L, E) and np.isfinite(value).all()
         wanted = policy.wanted()
         assert wanted is None or (wanted.shape == (L, E) and wanted.dtype == bool)
         window(policy, *[[[w, 5]]] * L)
+
+
+def test_values_are_in_pairs():
+    """By default less than one pair whatever the policy, in its order; with "spac" by the share."""
+    lfu, spac = make_policy("lfu", 1, E, 2), make_policy("spac", 1, E, 2)
+    for policy in (lfu, spac):
+        window(policy, [[0], [0], [0], [3]])
+    assert lfu.value().max() < 1 and np.argsort(-lfu.value()[0])[:2].tolist() == [0, 3]
+    np.testing.assert_allclose(spac.value()[0], [E * 3 / 16, 0, 0, E / 16, 0, 0])
 
 
 def test_unknown_policy():

@@ -238,6 +238,11 @@ def test_bench_replay_and_balance(tmp_path, monkeypatch):
     shape = ("--shape", "64", "32", "--cache", "0.3")
     engine = ("--streaming", "--max-copies", "4", "--prompt", "8", "--warmup", "0")
     assert len(bench("replay", str(tmp_path), *engine, "--window", "4", *shape).rows) == 4
+    keep = ("--keep", "--draft-copies", "--policy", "spac", "lru")
+    table = bench("replay", str(tmp_path), *engine, *keep, "--window", "4", *shape)
+    assert all(r[table.columns.index("kept/window")] > 0 for r in table.rows)
+    with pytest.raises(ValueError, match="--keep needs --max-copies"):
+        bench("replay", str(tmp_path), *keep, *shape)
     table = bench("replay", str(tmp_path), "--window", "4", "auto", *shape, "--policy", "spac")
     assert [r[table.columns.index("window")] for r in table.rows] == ["4", "auto"]
     assert table.rows[0][-1] <= 1.02 and table.rows[1][-1] is None
