@@ -119,16 +119,16 @@ class Engine:
         self._staging: Staging | None = None
         self._forwarding = threading.Lock()
         self._process = os.getpid()
-        try:
-            if self._cuda:
-                self._staging = Staging(config.max_window, layouts[0].hidden, top_k)
-            self.copier.fill(first)
-        except BaseException:
-            self.control.close()
-            raise
-        if config.policy != "static":
-            self.copier.start()
+        if self._cuda:
+            self._staging = Staging(config.max_window, layouts[0].hidden, top_k)
+        self.copier.fill(first)
+
+    def start(self) -> None:
+        """Begin to copy and to solve, until `close`; nothing that is built before has a thread."""
         _open.add(self)
+        if self.config.policy != "static":
+            self.control.balancer.start()
+            self.copier.start()
 
     @property
     def _cuda(self) -> bool:
@@ -368,16 +368,17 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the threads; no forward may be running. The store keeps the weights."""
+        """Stop the threads, again if that was interrupted; no forward may be running. The store
+        keeps the weights."""
         if os.getpid() != self._process:
             return  # after a fork: the threads, and a GPU's context, belong to the other process
-        _open.discard(self)
         self.copier.close()
         self.control.close()
         if self.handoff is not None:
             self.handoff.close()
         if self._cuda:
             torch.cuda.synchronize(self.device)
+        _open.discard(self)
 
 
 def _count(pairs: Tensor, ids: Tensor) -> None:
