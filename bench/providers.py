@@ -95,6 +95,7 @@ class EngineProvider(Provider):
         if link is not None:
             slow = throttled(copier._copy, store.layouts[0].blob_bytes / link)
             copier._copy = slow  # type: ignore
+        self.engine.start()
 
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self.engine.forward(layer, hidden, ids, weights)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
+import math
 import os
 import random
 import threading
@@ -32,35 +34,37 @@ HELP = "random budgets, policies, drafts and prompts for a long time: text, coun
 # Of prompts. Few, since torch keeps what it has prepared for a matrix shape (oneDNN's primitives,
 # about half a megabyte for each new length of a prompt), which is growth, but not a leak.
 LENGTHS = (1, 7, 23, 40, 64, 96)
-GROWTH = 48 << 20  # bytes that the process may gain after a quarter of the run
+GROWTH = 48 << 20  # bytes that the process, or what is in use of it, may gain after a quarter
 COLUMNS = ["rounds", "generations", "tokens", "different", "counters wrong"]
-COLUMNS += ["MB, first quarter", "MB, end", "threads left"]
+COLUMNS += ["MB, first quarter", "MB, end", "in use, first quarter", "in use, end", "threads left"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=400, metavar="N", help="attach and detach")
+    parser.add_argument("--rounds", type=int, metavar="N", help="attach so often at most")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> Table:
     """One row of totals."""
-    if args.rounds < 1:
+    if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds: must be at least 1, got {args.rounds}")
     rng = random.Random(args.seed)
     before = _threads()
     model, draft, tokenizer = load_demo()
     prompts = held_out_prompts(tokenizer, 20, 96)
     totals = {"rounds": 0, "generations": 0, "tokens": 0, "different": 0, "wrong": 0}
-    end = time.monotonic() + 60 * args.minutes
-    early = 0
+    start = time.monotonic()
+    early: list[int] = []
     notes: list[str] = []
-    for index in progress(range(args.rounds), "soak"):
+    rounds = itertools.count() if args.rounds is None else range(args.rounds)
+    for _ in progress(rounds, "soak"):
         config = SpacConfig(
             policy=rng.choice(POLICIES),
             max_length=256,
             rejected_weight=rng.choice((1.0, 0.5)),
             rebalance_every=rng.choice((2, 16)),
+            static_windows=rng.choice((None, True)),
         )
         texts = [
             (prompts[rng.randrange(20), : rng.choice(LENGTHS)][None], rng.randrange(1, 49))
@@ -83,14 +87,18 @@ def run(args: argparse.Namespace) -> Table:
         detach(model)
         _release()
         totals["rounds"] += 1
-        if index <= args.rounds // 4 and time.monotonic() < end - 45 * args.minutes or not early:
-            early = resident_bytes()
-        if time.monotonic() > end:
+        minutes = (time.monotonic() - start) / 60
+        passed = max(minutes / args.minutes, totals["rounds"] / (args.rounds or math.inf))
+        last = [resident_bytes(), allocated_bytes()]
+        if passed <= 0.25 or not early:
+            early = last
+        if minutes > args.minutes:
             break
-    last = resident_bytes()
     left = len(_threads() - before)
-    failed = bool(totals["different"] or totals["wrong"] or left or last > early + GROWTH)
-    row = [*totals.values(), early / 1e6, last / 1e6, left]
+    grown = any(b > a + GROWTH for a, b in zip(early, last, strict=True))
+    failed = bool(totals["different"] or totals["wrong"] or left or grown)
+    memory = [n / 1e6 for pair in zip(early, last, strict=True) for n in pair]
+    row = [*totals.values(), *memory, left]
     return Table(list(COLUMNS), [row], f"soak, seed {args.seed}", notes, failed=failed)
 
 
@@ -159,3 +167,20 @@ def resident_bytes() -> int:
     """Bytes of this process in memory (Linux)."""
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+_SIZES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in _SIZES.split()]
+
+
+def allocated_bytes() -> int:
+    """Bytes in use by callers of malloc, in all threads; 0 without glibc, which alone tells."""
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is None:
+        return 0
+    ask.restype = _Mallinfo2
+    info = ask()
+    return info.uordblks + info.hblkhd

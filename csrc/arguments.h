@@ -30,6 +30,18 @@ void check(bool ok, const Parts&... parts) {
   if (!ok) throw std::runtime_error((text(parts) + ...));
 }
 
+// A string argument, of which operators take the handle: torch's own conversion to std::string (2.10
+// to 2.13) allocates one more that nobody frees, at every call.
+inline std::string take(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  torch_string_length(handle, &length);
+  torch_string_c_str(handle, &data);
+  std::string copy(data, length);
+  torch_delete_string(handle);
+  return copy;
+}
+
 inline DType float_type(const char* name, ScalarType type) {
   if (type == ScalarType::BFloat16) return DType::bf16;
   if (type == ScalarType::Half) return DType::f16;
@@ -74,9 +86,10 @@ inline FfnCall describe_table(const Tensor& address, int64_t hidden, ScalarType 
                               bool bias, int64_t gate_up_bias_offset, int64_t gate_up_bias_skew,
                               int64_t down_bias_offset, int64_t down_bias_skew,
                               int64_t bias_stride, int64_t bias_up_offset,
-                              const std::string& activation, double alpha, double limit,
-                              const std::string& form, int64_t group,
+                              StringHandle activation, double alpha, double limit,
+                              StringHandle form, int64_t group,
                               int64_t gate_up_scale_offset, int64_t down_scale_offset) {
+  const std::string activation_name = take(activation), form_name = take(form);
   check_tensor("address", address, 1);
   check(address.scalar_type() == ScalarType::Long, "expert_ffn_cpu: address: expected int64");
   check(hidden > 0 && intermediate > 0 && hidden <= INT32_MAX && intermediate <= INT32_MAX,
@@ -91,11 +104,11 @@ inline FfnCall describe_table(const Tensor& address, int64_t hidden, ScalarType 
                 bias,
                 bias_stride,
                 bias_up_offset,
-                activation_from(activation),
+                activation_from(activation_name),
                 static_cast<float>(alpha),
                 static_cast<float>(limit),
                 float_type("dtype", dtype)};
-  call.w_dtype = weight_type(form, group, call.shape.bias_type, hidden, intermediate);
+  call.w_dtype = weight_type(form_name, group, call.shape.bias_type, hidden, intermediate);
   call.gate_up_scale_offset = gate_up_scale_offset;
   call.down_scale_offset = down_scale_offset;
   call.address = address.const_data_ptr<int64_t>();

@@ -13,8 +13,8 @@ Tensor expert_ffn_cpu(const Tensor& x, const Tensor& ids, const Tensor& weights,
                       int64_t down_skew, int64_t down_stride, bool bias,
                       int64_t gate_up_bias_offset, int64_t gate_up_bias_skew,
                       int64_t down_bias_offset, int64_t down_bias_skew, int64_t bias_stride,
-                      int64_t bias_up_offset, const std::string& activation, double alpha,
-                      double limit, const std::string& form, int64_t group,
+                      int64_t bias_up_offset, StringHandle activation, double alpha,
+                      double limit, StringHandle form, int64_t group,
                       int64_t gate_up_scale_offset, int64_t down_scale_offset) {
   check_tensor("x", x, 2);
   check_tensor("ids", ids, 2);
@@ -82,8 +82,8 @@ std::string cpu_isa() {
   return kIsaNames[static_cast<int>(current_isa())];
 }
 
-void set_cpu_isa(const std::string& name) {
-  set_isa(name);
+void set_cpu_isa(StringHandle name) {
+  set_isa(take(name));
 }
 
 void set_cpu_threads(int64_t threads) {

@@ -73,8 +73,8 @@ void worker_add_layer(int64_t id, const Tensor& address, ScalarType dtype, int64
                       int64_t down_skew, int64_t down_stride, bool bias,
                       int64_t gate_up_bias_offset, int64_t gate_up_bias_skew,
                       int64_t down_bias_offset, int64_t down_bias_skew, int64_t bias_stride,
-                      int64_t bias_up_offset, const std::string& activation, double alpha,
-                      double limit, const std::string& form, int64_t group,
+                      int64_t bias_up_offset, StringHandle activation, double alpha,
+                      double limit, StringHandle form, int64_t group,
                       int64_t gate_up_scale_offset, int64_t down_scale_offset) {
   Owned& owned = find(id);
   owned.worker->add_layer(describe_table(address, owned.hidden, dtype, intermediate, gate_stride,

@@ -94,38 +94,45 @@ def _split_window_kernel(
     if PLACES > 0:
         take = tl.minimum(take, places)
     tl.store(streamed_ptr, streamed + take)
-    rank = tl.zeros((EXPERTS,), tl.int32)  # among the missing, those of the most pairs first
-    worth = tl.zeros((EXPERTS,), tl.int32)  # among residents without pairs, the least first
+    key = n.to(tl.float32)
+    if PLACES > 0:
+        key += value
+    rank = tl.zeros((EXPERTS,), tl.int32)  # among the missing, the highest key first
+    worth = tl.zeros((EXPERTS,), tl.int32)  # among residents without pairs, the lowest value first
     for f0 in range(0, EXPERTS, CHUNK_E):
         other = f0 + tl.arange(0, CHUNK_E)
         m = _count(ids_ptr, num_pairs, other, E, CHUNK_E, BLOCK_P)
         theirs = tl.load(address_ptr + other, mask=other < E, other=1)
-        more = m[None, :] > n[:, None]
-        equal = m[None, :] == n[:, None]
         first = other[None, :] < offs[:, None]
+        their_key = m.to(tl.float32)
         if PLACES > 0:
             v = tl.load(value_ptr + other, mask=other < E, other=float("inf"))
-            same = first & (v[None, :] == value[:, None])
-            idle = (theirs != 0) & (m == 0) & (v < float("inf"))
-            less = (v[None, :] < value[:, None]) | same
-            worth += tl.sum((idle[None, :] & less).to(tl.int32), axis=1)
-            first = (v[None, :] > value[:, None]) | same
-        before = (theirs == 0)[None, :] & (m > 0)[None, :] & (more | (equal & first))
-        rank += tl.sum(before.to(tl.int32), axis=1)
+            their_key += v
+            idle = (theirs != 0) & (m == 0)
+            lower = v[None, :] < value[:, None]
+            lower = lower | (first & (v[None, :] == value[:, None]))
+            worth += tl.sum((idle[None, :] & lower).to(tl.int32), axis=1)
+        higher = their_key[None, :] > key[:, None]
+        higher = higher | (first & (their_key[None, :] == key[:, None]))
+        coming = (theirs == 0) & (m > 0)
+        rank += tl.sum((coming[None, :] & higher).to(tl.int32), axis=1)
     chosen = missing & (rank < take)
     target = host
     if PLACES > 0:
         offs_a = tl.arange(0, PLACES)
         mask_a = offs_a < places
-        idle = here & (n == 0) & (value < float("inf")) & mask
         comes = chosen[None, :] & (rank[None, :] == offs_a[:, None])
-        stays = comes & (value > float("-inf"))[None, :]
+        idle = here & (n == 0) & mask
         leaves = idle[None, :] & (worth[None, :] == offs_a[:, None])
+        # Of one expert: what it is worth, above its name + 1.
         name = offs.to(tl.int64) + 1
-        pair = tl.where(stays, name[None, :], 0) + tl.where(leaves, name[None, :] << 32, 0)
-        pair = tl.sum(pair, axis=1)
-        newcomer, victim = (pair & 0xFFFFFFFF).to(tl.int32), (pair >> 32).to(tl.int32)
-        swap = (newcomer > 0) & (victim > 0)
+        victim = name + (value.to(tl.int32, bitcast=True).to(tl.int64) << 32)
+        victim = tl.sum(tl.where(leaves, victim[None, :], 0), axis=1)
+        beaten = (victim >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        victim = (victim & 0xFFFFFFFF).to(tl.int32)
+        stays = comes & (key[None, :] > beaten[:, None]) & (victim > 0)[:, None]
+        newcomer = tl.sum(tl.where(stays, name[None, :], 0), axis=1).to(tl.int32)
+        swap = newcomer > 0
         room = tl.sum(tl.where(leaves, slot[None, :], 0), axis=1)
         to = tl.where(swap, room, memory + offs_a * memory_stride)
         source = tl.sum(tl.where(comes, host[None, :], 0), axis=1)

@@ -148,16 +148,17 @@ def attach(
         if draft is not None:
             state.draft = (draft, next(draft.parameters()).device)
             draft.to(target)
+        state.engine.start()
+        state.orphan = weakref.finalize(model, _close_beside, state.engine)
+        state.orphan.atexit = False  # the engine sees to that itself
+        model.requires_grad_(False)
+        for index, (_, module) in enumerate(experts):
+            module.__dict__["_spac_binding"] = Binding(state.engine, index)
+        model.set_experts_implementation("spac")
+        model.__dict__["_spac_attachment"] = state
     except BaseException:
         _undo(model, store, state)
         raise
-    model.requires_grad_(False)
-    for index, (_, module) in enumerate(experts):
-        module.__dict__["_spac_binding"] = Binding(state.engine, index)
-    model.__dict__["_spac_attachment"] = state
-    model.set_experts_implementation("spac")
-    state.orphan = weakref.finalize(model, _close_beside, state.engine)
-    state.orphan.atexit = False  # the engine sees to that itself
     return model
 
 
@@ -188,28 +189,25 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if state is None:
         raise ValueError("detach: this model is not attached")
     with state.in_use("detach"):
-        return _detach(model, state)
-
-
-def _detach(model: PreTrainedModel, state: Attachment) -> PreTrainedModel:
-    for _, module in find_experts(model):
-        module.__dict__.pop("_spac_binding", None)
-    del model.__dict__["_spac_attachment"]
-    model.set_experts_implementation(state.implementation)
-    if state.engine is not None:
-        _undo(model, state.engine.store, state)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(state.requires_grad[name])
+        if state.engine is None:
+            model.set_experts_implementation(state.implementation)
+        else:
+            _undo(model, state.engine.store, state)
+        del model.__dict__["_spac_attachment"]  # last: interrupted before, detach can be repeated
     return model
 
 
 def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
-    """Stop the engine and give the weights back, as far as attach had come."""
-    if state.orphan is not None:
-        state.orphan.detach()
+    """Stop the engine and give everything back, as far as attach, or a detach that was interrupted,
+    had come."""
+    experts = find_experts(model)
+    for _, module in experts:
+        module.__dict__.pop("_spac_binding", None)
+    model.set_experts_implementation(state.implementation)
     if state.engine is not None:
         state.engine.close()
-    experts = find_experts(model)
+    if state.orphan is not None:
+        state.orphan.detach()
     adopted = [(name, expert_parameters(module)) for name, module in experts[: len(store.blobs)]]
     for layer, (name, parameters) in enumerate(adopted):
         store.restore(layer, parameters, state.devices[f"{name}.gate_up_proj"])
@@ -217,6 +215,8 @@ def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
     if state.draft is not None:
         draft, device = state.draft
         draft.to(device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad[name])
     store.close()
 
 

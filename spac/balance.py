@@ -298,7 +298,8 @@ class Balancer:
 
 
 class BalancerThread:
-    """Solves in a daemon thread. submit() and poll() return at once; only the newest counts."""
+    """Solves in a daemon thread, from start() on. submit() and poll() return at once; only the
+    newest counts."""
 
     def __init__(self, balancer: Balancer | None = None) -> None:
         self.balancer = balancer or Balancer()
@@ -307,6 +308,8 @@ class BalancerThread:
         self._plan: Plan | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="spac-balancer", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def submit(self, problem: BalanceProblem) -> None:
@@ -326,7 +329,8 @@ class BalancerThread:
         with self._wake:
             self._closed, self._problem = True, None
             self._wake.notify()
-        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
 
     def _work(self) -> None:
         with contextlib.suppress(ImportError):  # solve() reports it

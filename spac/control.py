@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spac import keep
 from spac.balance import BalanceProblem, BalancerThread, Plan
 from spac.config import SpacConfig
 from spac.cost import CostModel
@@ -58,9 +59,8 @@ class Control:
         self.plan: Plan | None = None
         self.split: Split | None = None  # if the GPU reads missing experts itself
         self.prior: Profile | None = None  # what it began with
-        # What experts are worth to windows that keep what they read (spac.pull); replaced, never
-        # changed in place.
-        self.value: np.ndarray | None = None
+        self.keeps = False  # what windows stream stays where it is worth it (spac.keep)
+        self.value: np.ndarray | None = None  # of the experts, for that; replaced, never changed
         self._streamed = 0.0  # experts per layer and window, smoothed
         self.balancer = BalancerThread()
         self._expected = np.zeros((num_layers, num_experts))  # pairs per window, smoothed
@@ -115,15 +115,12 @@ class Control:
 
     def scores(self) -> np.ndarray:
         """Priority of every expert, float [L, E]: first in from the top, first out below."""
-        return self.policy.score()
+        return self.policy.value() if self.keeps else self.policy.score()
 
     @property
     def margin(self) -> float:
         """By which a newcomer of a copy round must beat its victim."""
-        if self.split is None or self.policy is not self.estimator or not self.policy.margin:
-            return self.policy.margin
-        # Windows keep what they stream for nothing: the more they do, the rarer a copy pays.
-        return (0.5 + 4 * self._streamed) / self._expected.shape[1]
+        return keep.margin(self._streamed) if self.keeps else self.policy.margin
 
     def appraise(self, scores: np.ndarray, held: np.ndarray, resident: np.ndarray) -> None:
         """Set `value` [L, E] after a round of copies. Experts that are under way in or out have

@@ -105,7 +105,7 @@ class CopyThread(threading.Thread):
         scores = self.control.scores()
         missing = ~pool.held & self.control.wanted()
         most = self.max_copies
-        if snapshot.prompt is not None and most:
+        if snapshot.prompt is not None and most and not self.control.keeps:
             self._unlimited = 2  # one that evicts, one that fills the slots
         if self._unlimited:
             most, self._unlimited = pool.num_slots, self._unlimited - 1

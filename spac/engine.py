@@ -69,20 +69,21 @@ class Engine:
         self.pool = SlotPool(layouts, num_slots, device)
         # Every expert has a slot from the first fill on: the CPU never has anything to do.
         self._everything = num_slots >= num_layers * num_experts
-        # How many of n missing experts the GPU reads from host memory itself; None: it does not.
+        # How many of n missing experts the GPU reads from host memory; None: it does not.
         self.streams: Tensor | None = None
-        wanted = self._cuda if config.stream_missing is None else config.stream_missing
-        balanced = costs
-        if wanted and not self._everything:
+        wanted, balanced = config.stream_missing, costs
+        if (self._cuda if wanted is None else wanted) and not self._everything:
             balanced = costs.beside_link(num_experts)
         self.control = Control(config, balanced, num_layers, num_experts, top_k, num_slots)
         if balanced is not costs:
-            self.control.split = Split(costs, num_experts)
+            self.control.keeps = area_experts(layouts[0]) > 0
+            # What stays needs no copy: the link may as well read.
+            self.control.split = Split(costs, num_experts, 1.0 if self.control.keeps else 1.05)
             self._streams_shown = self.control.split.streams
             self.streams = torch.from_numpy(self._streams_shown).to(device)
         self.prefill: Prefill | None = None
         room = torch.empty(0)
-        if self.streams is not None and area_experts(layouts[0]):
+        if self.control.keeps:
             self.prefill = Prefill(store, device, costs)
             room = self.prefill.room[:MOST_PLACES]
         # What windows change, in one piece of memory: one copy shows it to the host.
@@ -120,16 +121,16 @@ class Engine:
         self._staging: Staging | None = None
         self._forwarding = threading.Lock()
         self._process = os.getpid()
-        try:
-            if self._cuda:
-                self._staging = Staging(config.max_window, layouts[0].hidden, top_k)
-            self.copier.fill(first)
-        except BaseException:
-            self.control.close()
-            raise
-        if config.policy != "static":
-            self.copier.start()
+        if self._cuda:
+            self._staging = Staging(config.max_window, layouts[0].hidden, top_k)
+        self.copier.fill(first)
+
+    def start(self) -> None:
+        """Begin to copy and to solve, until `close`; nothing that is built before has a thread."""
         _open.add(self)
+        if self.config.policy != "static":
+            self.control.balancer.start()
+            self.copier.start()
 
     @property
     def _cuda(self) -> bool:
@@ -386,13 +387,14 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the threads; no forward may be running. The store keeps the weights."""
+        """Stop the threads, again if that was interrupted; no forward may be running. The store
+        keeps the weights."""
         if os.getpid() != self._process:
             return  # after a fork: the threads, and a GPU's context, belong to the other process
-        _open.discard(self)
         self.copier.close()
         self.control.close()
         if self.handoff is not None:
             self.handoff.close()
         if self._cuda:
             torch.cuda.synchronize(self.device)
+        _open.discard(self)

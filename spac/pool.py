@@ -11,6 +11,8 @@ is being written (DESIGN section 4, "Engine"), because a slot goes round like th
 `publish` zeroes the address of a leaving expert in stream order and records an event after it;
 `take` waits for that event, so every kernel that could have read the slot is done. `load` is
 called when the copy has completed; the next `publish` of the layer makes the expert visible.
+Ctrl-C may end the forward thread's work at any line: the next `publish` takes up what it finds, at
+worst a slot is lost.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from spac.layout import ExpertLayout
 class _Mailbox:
     leaving: list[int] = field(default_factory=list)  # experts
     arriving: list[tuple[int, int]] = field(default_factory=list)  # (expert, slot)
+    freed: list[int] = field(default_factory=list)  # slots of experts that have left
+    unseen: bool = False  # slot_of has changed, and the kernels do not see it yet
 
 
 class SlotPool:
@@ -60,60 +64,68 @@ class SlotPool:
     def publish(self, layer: int | None = None) -> None:
         """Make a layer's changes (None: all layers') visible to the kernels launched from here."""
         layers = range(len(self._mail)) if layer is None else (layer,)
-        if not any(self._mail[i].leaving or self._mail[i].arriving for i in layers):
+        mails = [(self._mail[i], self.slot_of[i]) for i in layers]
+        if not any(mail.leaving or mail.arriving or mail.unseen for mail, _ in mails):
             return
         with self._lock:
-            freed = []
-            for i in layers:
-                mail, self._mail[i] = self._mail[i], _Mailbox()
-                for expert in mail.leaving:
-                    freed.append(int(self.slot_of[i, expert]))
-                    self.slot_of[i, expert] = -1
-                for expert, slot in mail.arriving:
-                    self.slot_of[i, expert] = slot
+            for mail, slot_of in mails:
+                mail.unseen = True
+                while mail.leaving:
+                    if (slot := int(slot_of[mail.leaving[-1]])) >= 0:
+                        slot_of[mail.leaving[-1]], mail.freed = -1, [*mail.freed, slot]
+                    mail.leaving.pop()
+                while mail.arriving:
+                    expert, slot = mail.arriving.pop()
+                    slot_of[expert] = slot
             event = self._show(slice(None) if layer is None else slice(layer, layer + 1))
-            self._reclaimed.extend((slot, event) for slot in freed)
+            for mail, _ in mails:
+                freed = [(slot, event) for slot in mail.freed]
+                mail.unseen, mail.freed = False, []
+                self._reclaimed.extend(freed)
 
     def exchange(self, layer: int, old: list[int], new: list[int], blobs: list[Tensor]) -> None:
         """Experts `new`, whose weights `blobs` are on the device, take the slots of residents `old`
         in stream order: the kernels launched so far read the old ones, those to come the new."""
+        here, slot_of, held = slice(layer, layer + 1), self.slot_of[layer], self.held[layer]
         with self._lock:
-            for leaves, comes, blob in zip(old, new, blobs, strict=True):
-                slot = int(self.slot_of[layer, leaves])
-                if slot < 0 or not self.held[layer, leaves] or self.held[layer, comes]:
-                    raise ValueError(f"layer {layer}: no exchange of {leaves} for {comes}")
-                self.memory[slot, : blob.numel()].copy_(blob)
-                self.slot_of[layer, [leaves, comes]] = -1, slot
-                self.held[layer, [leaves, comes]] = False, True
-            self.loads += len(new)
+            if (slot_of[old] < 0).any() or not held[old].all() or held[new].any():
+                raise ValueError(f"layer {layer}: no exchange of {old} for {new}")
+            slots, self._mail[layer].unseen = slot_of[old], True
+            slot_of[old], held[old] = -1, False
             self.evictions += len(old)
-            self.kept += len(new)
-            self._show(slice(layer, layer + 1))
+            self._show(here)  # first: no kernel may see a slot that is half written
+            for expert, slot, blob in zip(new, slots, blobs, strict=True):
+                self.memory[slot, : blob.numel()].copy_(blob)
+                slot_of[expert], held[expert] = slot, True
+                self.loads += 1
+                self.kept += 1
+            self._show(here)
+            self._mail[layer].unseen = False
 
     def exchanged(self, layers: np.ndarray, newcomers: np.ndarray, victims: np.ndarray) -> None:
         """The device has put experts into residents' slots (`spac.pull`) and says so in the address
         table: the host follows, before the next `publish`. One window's, int [n] each."""
         with self._lock:
-            before = self.held[layers, victims]
-            self.slot_of[layers, newcomers] = self.slot_of[layers, victims]
-            self.slot_of[layers, victims] = -1
+            slots, before = self.slot_of[layers, victims], self.held[layers, victims]
+            self.slot_of[layers, newcomers] = slots
             self.held[layers, victims] = False
             self.held[layers, newcomers] = True
-            self.loads += len(layers)
-            self.evictions += len(layers)
-            self.kept += len(layers)
             for i in np.flatnonzero([bool(self._mail[x].leaving) for x in layers]):
                 leaving, victim = self._mail[layers[i]].leaving, victims[i]
                 if victim in leaving:  # that was an eviction already
-                    leaving.remove(victim)
-                    self.evictions -= 1
                     self.held[layers[i], victim] = before[i]
+                    self.evictions -= 1
+                    leaving.remove(victim)
             for i in np.flatnonzero([bool(self._mail[x].arriving) for x in layers]):
                 mail = self._mail[layers[i]]
                 for expert, slot in [m for m in mail.arriving if m[0] == newcomers[i]]:
-                    mail.arriving.remove((expert, slot))
-                    self._reclaimed.append((slot, None))
                     self.loads -= 1
+                    mail.freed, mail.unseen = [*mail.freed, slot], True
+                    mail.arriving.remove((expert, slot))
+            self.loads += len(layers)
+            self.evictions += len(layers)
+            self.kept += len(layers)
+            self.slot_of[layers, victims] = -1  # last: who is interrupted begins again
 
     def complete(self, layer: int) -> bool:
         """Every expert of the layer is resident for the kernels launched from here."""

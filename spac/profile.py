@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = "spac-profile-1"
 _MEMORY = 256  # windows that an older profile counts when a run that began with it is saved
+_MOST_PAIRS = 1e9  # of an expert in a window; more is a broken file, and costs would not be finite
 _KEYS = {"format", "model", "machine", "windows", "rate", "utility", "costs"}
 
 
@@ -44,8 +45,8 @@ class Profile:
                 f"rate, utility: needed one shape [layers, experts], got {self.rate.shape} and "
                 f"{self.utility.shape}"
             )
-        if not (np.isfinite(self.rate).all() and (self.rate >= 0).all()):
-            raise ValueError("rate: needed finite numbers of at least 0")
+        if not ((self.rate >= 0) & (self.rate <= _MOST_PAIRS)).all():
+            raise ValueError(f"rate: needed finite numbers of 0 to {_MOST_PAIRS:g}")
         if self.utility.min() < 0 or self.utility.max() > MAX_UTILITY:
             low, high = self.utility.min(), self.utility.max()
             raise ValueError(f"utility: needed 0..{MAX_UTILITY}, got {low}..{high}")

@@ -107,7 +107,9 @@ class Pull:
         rows = exchanged.numpy()
         layers, places = np.nonzero(rows[..., 0] >= 0)
         if len(layers):
-            pool.exchanged(layers, *rows[layers, places].T)
+            newcomers, victims = rows[layers, places].T
+            new = pool.slot_of[layers, victims] >= 0  # else an interrupted call has told it already
+            pool.exchanged(layers[new], newcomers[new], victims[new])
             self._exchanged.fill_(-1)
 
 

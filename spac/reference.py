@@ -226,14 +226,13 @@ def split_window(
     ids [W, k]; address, host int64 [E] of the slots (0 = none) and of host memory; utility, bounds
     and counters as of `verify`; frequency int64 [E] counts pairs. streams int32 [E + 1]: how many
     of n missing experts the GPU reads from host memory itself. Those of the most pairs are read,
-    of equal ones those of the highest value, then of the lowest id; their number is added to
-    streamed int64 [1].
+    ties in order of their ids; their number is added to streamed int64 [1].
 
-    With `places` no more are read than there are, in that order. The i-th one takes the slot of the
-    i-th resident without a pair in this window, the least value first, and is its place's target;
-    address and places.exchanged (newcomer, victim; else -1) say so. It goes to the place's own
-    memory instead if there is no such resident or its value is -inf. Residents of value +inf stay.
-    Flags are 0 afterwards. Without `places` values count as equal.
+    With `places` (spac.pull) no more are read than there are, and what counts is an expert's pairs
+    plus its value. The i-th one takes the slot of the i-th resident without a pair in this window,
+    the lowest value first, if it counts more than that; address, places.target and places.exchanged
+    (newcomer, victim; else -1) say so. Else it goes to the place's own memory. Flags are 0
+    afterwards. The rule is that of spac.keep.
 
     Returns where the GPU finds each expert, int64 [E] (0: the CPU computes it), and cpu_ids
     int32 [W, k] (-1 = not its).
@@ -243,18 +242,18 @@ def split_window(
     E = address.numel()
     missing = (counts > 0) & (address == 0)
     take = min(int(streams[missing.sum()]), int(missing.sum()))
-    order = torch.arange(E, device=ids.device)
+    key = counts.float()
     if places is not None:
         take = min(take, len(places.source))
-        order = torch.argsort(places.value, descending=True, stable=True)
-    pairs = torch.where(missing, counts, 0)[order]
-    order = order[torch.argsort(pairs, descending=True, stable=True)][:take]
+        key = key + places.value
+    experts = missing.nonzero().flatten()
+    order = experts[torch.argsort(key[experts], descending=True, stable=True)][:take]
     streamed += take
     targets = host[order]
     if places is not None:
-        idle = (counts == 0) & (address != 0) & (places.value < torch.inf)
-        least = torch.argsort(torch.where(idle, places.value, torch.inf), stable=True)
-        _give_places(order, least[: int(idle.sum())], address, host, places)
+        idle = ((counts == 0) & (address != 0)).nonzero().flatten()
+        victims = idle[torch.argsort(places.value[idle], stable=True)]
+        _give_places(order, victims, key, address, host, places)
         targets = places.target[:take]
     where = address.clone()
     where[order] = targets
@@ -265,7 +264,7 @@ def split_window(
 
 
 def _give_places(
-    coming: Tensor, victims: Tensor, address: Tensor, host: Tensor, places: Places
+    coming: Tensor, victims: Tensor, key: Tensor, address: Tensor, host: Tensor, places: Places
 ) -> None:
     rank = torch.arange(len(places.source), device=coming.device)
     places.target.copy_(places.memory.data_ptr() + rank * places.memory.stride(0))
@@ -276,7 +275,7 @@ def _give_places(
     places.flags.zero_()
     places.exchanged.fill_(-1)
     for place, (newcomer, victim) in enumerate(zip(coming, victims, strict=False)):
-        if places.value[newcomer] > -torch.inf:
+        if key[newcomer] > places.value[victim]:
             places.target[place] = address[newcomer] = address[victim]
             address[victim] = 0
             places.exchanged[place] = torch.stack([newcomer, victim])

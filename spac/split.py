@@ -38,8 +38,10 @@ class Work:
 class Split:
     """`streams` int32 [E + 1]: how many to read when n are missing; replaced, never changed."""
 
-    def __init__(self, costs: CostModel, num_experts: int) -> None:
-        self.costs, self.streams = costs, costs.streams(num_experts)
+    def __init__(self, costs: CostModel, num_experts: int, within: float = 1.05) -> None:
+        """within: as of `CostModel.streams`."""
+        self.costs, self._within = costs, within
+        self.streams = costs.streams(num_experts, within=within)
         self._first = costs
         self._rows: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=_WINDOWS)
         self._each: deque[np.ndarray] = deque(maxlen=_WINDOWS)  # seconds of a streamed expert
@@ -102,4 +104,4 @@ class Split:
             cpu_pair=float(pair),
             stream_byte=max(one, 1e-9) / self.costs.expert_bytes,
         )
-        self.streams = self.costs.streams(len(self.streams) - 1, base)
+        self.streams = self.costs.streams(len(self.streams) - 1, base, self._within)

@@ -86,9 +86,9 @@ class HostStore:
         """Move the next layer's weights in; `parameters` as from `expert_parameters`."""
         layer = len(self.blobs)
         layout = self.layouts[layer]
-        self.allocate()
         if layout.form != "float":
             return self._adopt_quantized(layer, parameters)
+        self.allocate()
         for name, view in self.views(layer).items():
             parameter = parameters[name]
             view.copy_(stored_view(parameter.data, name, layout))
@@ -96,15 +96,16 @@ class HostStore:
 
     def _adopt_quantized(self, layer: int, parameters: dict[str, nn.Parameter]) -> None:
         layout, source = self.layouts[layer], self.sources[layer]
-        views = self.views(layer)
         rows = {name: stored_view(p.data, name, source) for name, p in parameters.items()}
         try:
+            self.allocate()
+            views = self.views(layer)
             for e in range(layout.num_experts):
                 one = quantize({name: t[e] for name, t in rows.items()}, layout)
                 for name, section in one.items():
                     views[name][e].copy_(section)
         except BaseException:
-            self.blobs.pop()  # its parameters still have their weights
+            del self.blobs[layer:]  # its parameters still have their weights
             raise
         for parameter in parameters.values():
             nan = torch.full((1,) * parameter.dim(), torch.nan, dtype=parameter.dtype)

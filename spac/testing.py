@@ -12,10 +12,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import linecache
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 SEAMS = {
@@ -31,6 +36,9 @@ SEAMS = {
     "order": "spac.copier:_sorted",  # (layer, expert) rows, in which copies and evictions go
     "solver": "spac.balance:Balancer._solve",  # (threshold index per layer, status) or None
 }
+
+_FOLDER = str(Path(__file__).parent)
+_LOCK = re.compile(r"\s*with |.*\.release\(\)")
 
 
 @dataclass
@@ -78,6 +86,35 @@ def fault(
         yield state
     finally:
         setattr(owner, name, real)
+
+
+@contextmanager
+def interrupted(after: int) -> Iterator[Fault]:
+    """KeyboardInterrupt, as of Ctrl-C, before a line of spac's that this thread runs meanwhile: the
+    first `after` lines pass. It is raised; `hits` stays 0 if there were no more lines than that.
+
+    Lines that take or release a lock are left out: Python looks for signals after calls, so a real
+    one never comes between a block and the release of its lock.
+    """
+    state = Fault()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(_FOLDER):
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not _LOCK.match(line):
+            state.calls += 1
+            if state.calls == after + 1:
+                state.hits += 1
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield state
+    finally:
+        sys.settrace(before)
 
 
 def _find(seam: str) -> tuple[Any, str]:

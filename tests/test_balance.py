@@ -233,6 +233,7 @@ def test_thread_takes_the_newest_and_never_blocks():
     a = np.ones((2, 2))
     slow = SlowBalancer()
     worker = BalancerThread(slow)
+    worker.start()
     try:
         assert worker.poll() is None
         start = time.perf_counter()

@@ -1,5 +1,7 @@
 """The slot protocol as a state machine: a slot that is read is never a slot in flight."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from spac.layout import ExpertLayout
 from spac.pool import SlotPool
+from spac.testing import interrupted
 
 LAYERS, EXPERTS, SLOTS = 2, 6, 5
 LAYOUT = ExpertLayout(EXPERTS, 4, 3, torch.float32)
@@ -22,15 +25,19 @@ class SlotProtocol(RuleBasedStateMachine):
         self.pool = SlotPool([LAYOUT] * LAYERS, SLOTS, torch.device("cpu"))
         self.filling: dict[int, tuple[int, int]] = {}
         self.unknown: list[tuple[int, int, int]] = []  # exchanges
+        self.interrupted = False
 
     def slot_tag(self, slot: int) -> torch.Tensor:
         return self.pool.memory[slot, :8].view(torch.int64)
 
     @rule(layer=st.none() | st.integers(0, LAYERS - 1))
     def forward_passes(self, layer):
+        self.learn()
+        self.pool.publish(layer)
+
+    def learn(self):
         while self.unknown:
             self.pool.exchanged(*np.array([self.unknown.pop(0)]).T)
-        self.pool.publish(layer)
 
     @rule(
         layer=st.integers(0, LAYERS - 1),
@@ -45,6 +52,28 @@ class SlotProtocol(RuleBasedStateMachine):
             self.slot_tag(slot)[0] = layer * EXPERTS + newcomer
             address[newcomer], address[victim] = address[victim].clone(), 0
             self.unknown.append((layer, newcomer, victim))
+
+    @rule(layer=st.none() | st.integers(0, LAYERS - 1), line=st.integers(0, 60))
+    def forward_is_interrupted(self, layer, line):
+        self.learn()
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+            self.pool.publish(layer)
+        self.interrupted |= bool(f.hits)
+
+    @rule(layer=st.integers(0, LAYERS - 1), line=st.integers(0, 60), data=st.data())
+    def prefill_exchanges(self, layer, line, data):
+        """The area holds the experts that it brings; line 60 is after the end."""
+        self.learn()
+        pool = self.pool
+        old = [e for e in range(EXPERTS) if pool.slot_of[layer, e] >= 0 and pool.held[layer, e]]
+        new = [e for e in range(EXPERTS) if not pool.held[layer, e] and pool.slot_of[layer, e] < 0]
+        count = data.draw(st.integers(0, min(len(old), len(new))))
+        blobs = [torch.zeros(pool.slot_bytes, dtype=torch.uint8) for _ in range(count)]
+        for expert, blob in zip(new, blobs, strict=False):
+            blob[:8].view(torch.int64)[0] = layer * EXPERTS + expert
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+            pool.exchange(layer, old[:count], new[:count], blobs)
+        self.interrupted |= bool(f.hits)
 
     @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
     def start_copy(self, layer, expert):
@@ -83,16 +112,18 @@ class SlotProtocol(RuleBasedStateMachine):
         visible = self.pool.slot_of[self.pool.slot_of >= 0].tolist()
         arriving = [slot for mail in self.pool._mail for _, slot in mail.arriving]
         reclaimed = [slot for slot, _ in self.pool._reclaimed]
-        everywhere = visible + arriving + reclaimed + list(self.filling)
-        assert sorted(everywhere) == list(range(SLOTS))
-        assert self.pool.loads - self.pool.evictions == len(arriving) + len(visible) - sum(
-            len(mail.leaving) for mail in self.pool._mail
-        )
+        freed = [slot for mail in self.pool._mail for slot in mail.freed]
+        everywhere = visible + arriving + reclaimed + freed + list(self.filling)
+        assert len(set(everywhere)) == len(everywhere)
+        assert self.interrupted or sorted(everywhere) == list(range(SLOTS))
+        leaving = sum(len(mail.leaving) for mail in self.pool._mail)
+        balance = self.pool.loads - self.pool.evictions
+        assert self.interrupted or balance == len(arriving) + len(visible) - leaving
 
     @invariant()
     def held_is_resident_or_coming(self):
         """Once the host knows of every exchange."""
-        if self.unknown:
+        if self.unknown or self.interrupted:
             return
         coming = set(self.filling.values())
         for layer, mail in enumerate(self.pool._mail):
@@ -100,6 +131,15 @@ class SlotProtocol(RuleBasedStateMachine):
             for expert in range(EXPERTS):
                 here = self.pool.slot_of[layer, expert] >= 0 and expert not in mail.leaving
                 assert self.pool.held[layer, expert] == (here or (layer, expert) in coming)
+
+    @invariant()
+    def what_is_told_to_be_resident_can_be_reached(self):
+        """From the next pass of its layer on."""
+        for layer in range(LAYERS):
+            mail = self.pool._mail[layer]
+            reached = self.pool.address[layer].numpy() != 0
+            known = not mail.unseen and not self.unknown
+            assert not known or np.array_equal(self.pool.slot_of[layer] >= 0, reached)
 
 
 SlotProtocol.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spac import ops, reference
+from spac.keep import stream_and_keep
 from spac.kernels.pull import pull, wait
 from spac.kernels.split_window import split_window
 from spac.layout import ExpertLayout, ExpertTable
@@ -85,7 +86,7 @@ def test_split_gives_them_places(wanted, room, device):
     slots, host = 256 * torch.randint(1, 2**50, (2, E), device=device)
     slots[torch.rand(E, device=device) < 0.7] = 0
     streams = torch.full((E + 1,), wanted, dtype=torch.int32, device=device)
-    value = (torch.rand(E, device=device) * 6).round() / 6  # with ties
+    value = (torch.rand(E, device=device) * 16).round() / 4  # with ties
     value[torch.rand(E, device=device) < 0.2] = -torch.inf
     value[(torch.rand(E, device=device) < 0.1) & (slots != 0)] = torch.inf
     found = []
@@ -116,8 +117,15 @@ def test_split_gives_them_places(wanted, room, device):
     for newcomer, victim in exchanged[0].tolist():
         if newcomer >= 0:
             assert where[newcomer] == address[newcomer] == slots[victim] and address[victim] == 0
-            assert frequency[victim] == 0 and value[victim] < torch.inf
-            assert value[newcomer] > -torch.inf
+            assert frequency[victim] == 0
+            assert value[newcomer] + frequency[newcomer] > value[victim]
+    # As spac.keep has it.
+    n, worth = frequency.double().cpu().numpy(), value.double().cpu().numpy()
+    here = (slots != 0).cpu().numpy()
+    read, new, old = stream_and_keep(n, worth, n + worth, here, min(wanted, room))
+    assert sorted(read.tolist()) == coming.tolist()
+    told = {tuple(pair) for pair in exchanged[0].tolist() if pair[0] >= 0}
+    assert told == set(zip(new.tolist(), old.tolist(), strict=True))
 
 
 def test_the_pool_follows(device):

@@ -4,8 +4,8 @@
 
 (transformers 5.17 also needs accelerate.) Each process holds its share of the experts of every
 layer; ids of experts that live elsewhere arrive as a sentinel, which spac's backend skips. The
-result is compared with one process that holds everything. Without a GPU the processes talk through
-gloo, with GPUs through NCCL.
+result is compared with one process that holds everything. With a GPU for every process they talk
+through NCCL, without one through gloo.
 """
 
 import argparse
@@ -23,7 +23,15 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=str(TARGET), help="default: the bundled model")
 args = parser.parse_args()
 
+if "RANK" not in os.environ:
+    raise SystemExit("start it with torchrun --nproc-per-node 2")
 world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+gpus = torch.cuda.device_count()
+if 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+    raise SystemExit(
+        f"a GPU for every process is needed, there are {gpus}; CUDA_VISIBLE_DEVICES= "
+        "in front of the command leaves them out"
+    )
 if "ep_size" in inspect.signature(DistributedConfig).parameters:  # transformers 5.20 and newer
     plan = DistributedConfig(tp_size=world, ep_size=world)
 else:
@@ -40,7 +48,8 @@ with torch.no_grad():
     logits = model(ids).logits
     whole = AutoModelForCausalLM.from_pretrained(args.model, **options).eval().to(model.device)
     error = (logits - whole(ids).logits).abs().max().item()
-print(f"process {rank}: {len(local)} of {model.config.num_experts} experts, error {error:.1e}")
+share = f"{len(local)} of {model.config.num_experts} experts"
+print(f"process {rank}: {share}, error {error:.1e}, {dist.get_backend()}, {model.device}")
 dist.barrier()
 dist.destroy_process_group()
 if not error < 1e-3:
