@@ -10,11 +10,16 @@ import torch
 
 # Tokens that fit one matmul tile of the smallest height.
 TOKEN_ROWS = 16
+# Rows of an expert, on average, above which tiles of 128 rows through descriptors are faster.
+DESCRIPTOR_ROWS = 48
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One matmul: `block_n` counts intermediate units for gate-up, hidden units for down."""
+    """One matmul: `block_n` counts intermediate units for gate-up, hidden units for down.
+
+    In path "descriptors" `block_m` may be 128 + 16 (`kernels/grouped_tma.py`).
+    """
 
     block_m: int
     block_n: int
@@ -34,12 +39,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """path "tokens" takes at most 16 tokens, "grouped" any number; `outer` is for gradients."""
+    """path "tokens" takes at most 16 tokens, "grouped" any number, "descriptors" the same of tables
+    that `kernels/grouped_tma.py` can read. `hidden` and `outer` are for gradients: `outer` of the
+    weights', where block_k counts rows and block_m the columns of the side by token.
+    """
 
     path: str
     gate_up: Tile
     down: Tile
-    outer: Tile = Tile(64, 64, 32, 4, 3)  # of weight gradients: block_k counts rows
+    outer: Tile = Tile(64, 64, 32, 4, 3)
+    hidden: Tile | None = None  # of d_pre; None: gate_up, narrower
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,11 @@ class Device:
     major: int
     minor: int
     shared: int
+    processors: int
 
 
-HOPPER = Device(9, 0, 227 * 1024)
+# In the interpreter, with few programs: each has several tiles to do even in small tests.
+HOPPER = Device(9, 0, 227 * 1024, 2)
 
 
 @cache
@@ -61,7 +72,7 @@ def device_of(device: torch.device) -> Device:
         return HOPPER
     p = torch.cuda.get_device_properties(device)
     shared = getattr(p, "shared_memory_per_block_optin", 99 * 1024)
-    return Device(p.major, p.minor, shared)
+    return Device(p.major, p.minor, shared, p.multi_processor_count)
 
 
 def fit(tile: Tile, columns: int, itemsize: int, shared: int) -> Tile:
@@ -75,9 +86,17 @@ def fit(tile: Tile, columns: int, itemsize: int, shared: int) -> Tile:
 
 
 def select_config(
-    tokens: int, top_k: int, layout: Any, device: Device, path: str | None = None
+    tokens: int,
+    top_k: int,
+    layout: Any,
+    device: Device,
+    path: str | None = None,
+    descriptors: bool = False,
 ) -> FFNConfig:
-    """Tiles for `tokens` tokens of `top_k` experts each, over experts of `layout`."""
+    """Tiles for `tokens` tokens of `top_k` experts each, over experts of `layout`.
+
+    descriptors: the table can be read through them, and it may be if that is faster.
+    """
     path = path or ("tokens" if tokens <= TOKEN_ROWS else "grouped")
     if layout.dtype == torch.float32:
         small, big = Tile(16, 32, 32, 4, 2), Tile(32, 32, 32, 4, 2)
@@ -87,6 +106,14 @@ def select_config(
         gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
     else:
         rows = tokens * top_k / layout.num_experts
+        if descriptors and device.major == 9 and rows > DESCRIPTOR_ROWS:
+            return FFNConfig(
+                "descriptors",
+                Tile(128, 128, 64, 8, 4),
+                Tile(128, 256, 64, 8, 4),
+                Tile(128, 256, 64, 8, 3),
+                Tile(128, 128, 64, 8, 4),
+            )
         if rows <= 6:
             gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
         elif rows <= 24:

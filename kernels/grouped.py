@@ -19,7 +19,7 @@ from spac.kernels.common import (
 )
 from spac.kernels.config import Tile
 from spac.kernels.dequant import quantized_args
-from spac.kernels.plan import Plan, plan_args, rows_in_tile, tile_copies_to, tile_rows
+from spac.kernels.plan import Plan, plan_args, tile_copies_to, tile_rows
 
 SMALL_PART = 4
 
@@ -27,13 +27,13 @@ SMALL_PART = 4
 @triton.jit
 def _gate_up_rows(
     tile,
+    used,
     n0,
     x_ptr,
     stride_xt,
     h_ptr,
     pre_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
@@ -63,12 +63,11 @@ def _gate_up_rows(
     scale_offset,
     GROUP: tl.constexpr,
 ):
-    e, rows, pairs, mask_m = tile_rows(
-        order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
-    )
+    e = tl.load(tile_expert_ptr + tile)
+    rows, pairs, mask_m = tile_rows(order_ptr, tile_row_ptr, tile, used, BLOCK_M)
     address = tl.load(address_ptr + e)
     bias_at = bias_offset + e.to(tl.int64) * bias_skew
-    copy_to = tile_copies_to(copy_to_ptr, offsets_ptr, tile_row_ptr, tile, e, address, COPY)
+    copy_to = tile_copies_to(copy_to_ptr, tile_expert_ptr, tile, e, address, COPY)
     gate, up = gate_up_tile(
         x_ptr,
         pairs // K,
@@ -117,9 +116,9 @@ def _gate_up_grouped_kernel(
     h_ptr,
     pre_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
+    tile_rows_ptr,
     address_ptr,
     copy_to_ptr,
     gate_stride,
@@ -156,12 +155,12 @@ def _gate_up_grouped_kernel(
     pid = tl.program_id(0)
     tile = pid // blocks_n
     n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = rows_in_tile(offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M)
-    if used == 0:
+    used = tl.load(tile_rows_ptr + tile)
+    if used <= 0:
         return
     if used <= SMALL_M:
         _gate_up_rows(
-            tile, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
             bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
             ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, SMALL_M, BLOCK_N, BLOCK_K,
@@ -169,7 +168,7 @@ def _gate_up_grouped_kernel(
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _gate_up_rows(
-            tile, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
             bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
             ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -180,12 +179,12 @@ def _gate_up_grouped_kernel(
 @triton.jit
 def _matmul_rows(
     tile,
+    used,
     n0,
     a_ptr,
     out_ptr,
     weights_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
@@ -209,13 +208,12 @@ def _matmul_rows(
     scale_offset,
     GROUP: tl.constexpr,
 ):
-    e, rows, pairs, mask_m = tile_rows(
-        order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
-    )
+    e = tl.load(tile_expert_ptr + tile)
+    rows, pairs, mask_m = tile_rows(order_ptr, tile_row_ptr, tile, used, BLOCK_M)
     address = tl.load(address_ptr + e)
     w_at = w_offset + e.to(tl.int64) * w_skew
     bias_at = bias_offset + e.to(tl.int64) * bias_skew
-    copy_to = tile_copies_to(copy_to_ptr, offsets_ptr, tile_row_ptr, tile, e, address, COPY)
+    copy_to = tile_copies_to(copy_to_ptr, tile_expert_ptr, tile, e, address, COPY)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     out = matmul_tile(
@@ -259,9 +257,9 @@ def _rows_kernel(
     out_ptr,
     weights_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
+    tile_rows_ptr,
     address_ptr,
     copy_to_ptr,
     w_offset,
@@ -292,12 +290,12 @@ def _rows_kernel(
     pid = tl.program_id(0)
     tile = pid // blocks_n
     n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = rows_in_tile(offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M)
-    if used == 0:
+    used = tl.load(tile_rows_ptr + tile)
+    if used <= 0:
         return
     if used <= SMALL_M:
         _matmul_rows(
-            tile, n0, a_ptr, out_ptr, weights_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, a_ptr, out_ptr, weights_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
             bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
             SMALL_M, BLOCK_N, BLOCK_K,
@@ -305,7 +303,7 @@ def _rows_kernel(
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _matmul_rows(
-            tile, n0, a_ptr, out_ptr, weights_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, a_ptr, out_ptr, weights_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
             bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K,
