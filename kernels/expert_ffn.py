@@ -37,7 +37,7 @@ def expert_ffn(
     nothing and read nothing. `config` overrides `select_config`.
     """
     check_pairs(x, ids, weights, table)
-    (T, H), K, layout = x.shape, ids.shape[1], table.layout
+    T, H = x.shape
     y = torch.empty(T, H, dtype=out_dtype or x.dtype, device=x.device)
     if T == 0:
         return y

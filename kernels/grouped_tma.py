@@ -37,11 +37,17 @@ def _tile_at(t, blocks_n, tiles, tile_row_ptr, tile_rows_ptr, tile_slot_ptr, GRO
     """First row, number of rows and slot of the t-th piece of work; the last tile is unused."""
     tile, _ = _place(t, blocks_n, GROUP_M)
     tile = tl.minimum(tile, tiles - 1)
-    return tl.load(tile_row_ptr + tile), tl.load(tile_rows_ptr + tile), tl.load(tile_slot_ptr + tile)
+    return (
+        tl.load(tile_row_ptr + tile),
+        tl.load(tile_rows_ptr + tile),
+        tl.load(tile_slot_ptr + tile),
+    )
 
 
 @triton.jit
-def _row_pointers(x, stride_xt, order_ptr, row0, used, offs_m, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def _row_pointers(
+    x, stride_xt, order_ptr, row0, used, offs_m, K: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Rows beyond the tile's last repeat that: the loads need no mask."""
     some = tl.minimum(offs_m, used - 1)
     pairs = tl.load(order_ptr + row0 + some, mask=some >= 0, other=0)
@@ -292,9 +298,7 @@ def _rows_tile(
         if EXTRA:
             acc_e = dot(extra_desc.load([row0 + BLOCK_M, k0]), w, acc_e)
     offs_m = tl.arange(0, BLOCK_M)
-    _store_rows(
-        acc, row0, offs_m, used, n0, out_ptr, weights_ptr, order_ptr, N, WEIGHTED, BLOCK_N
-    )
+    _store_rows(acc, row0, offs_m, used, n0, out_ptr, weights_ptr, order_ptr, N, WEIGHTED, BLOCK_N)
     if EXTRA:
         offs_e = BLOCK_M + tl.arange(0, EXTRA)
         _store_rows(

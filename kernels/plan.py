@@ -41,9 +41,7 @@ class Plan:
 
 
 @triton.jit
-def _count_kernel(
-    ids_ptr, counts_ptr, num_pairs, E, BINS: tl.constexpr, CHUNK: tl.constexpr
-):
+def _count_kernel(ids_ptr, counts_ptr, num_pairs, E, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """counts[chunk, e] of the pairs of each chunk. Grid (chunks,)."""
     chunk = tl.program_id(0)
     offs_p = chunk * CHUNK + tl.arange(0, CHUNK)

@@ -314,7 +314,12 @@ def test_which_tables_have_descriptors(device):
 
     plain = table()
     assert has_descriptors(plain) and has_descriptors(table(interleaved=True))
-    others = [table(hidden=72), table(dtype=torch.float32), table(bias=True), table(transposed=True)]
+    others = [
+        table(hidden=72),
+        table(dtype=torch.float32),
+        table(bias=True),
+        table(transposed=True),
+    ]
     others += [replace(plain, address=plain.address.clone()), replace(plain, copy_to=plain.address)]
     others += [ExpertTable.from_blobs(plain.layout, plain.address)]
     assert not any(has_descriptors(t) for t in others)

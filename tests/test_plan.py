@@ -10,7 +10,13 @@ from spac.kernels.plan import DIRECT, make_plan
 
 @pytest.mark.parametrize(
     "tokens, top_k, E, block_m",
-    [(1, 1, 1, 16), (300, 4, 9, 32), (170, 7, 33, 48), (700, 2, 5, 64), (DIRECT // 8 + 37, 8, 6, 64)],
+    [
+        (1, 1, 1, 16),
+        (300, 4, 9, 32),
+        (170, 7, 33, 48),
+        (700, 2, 5, 64),
+        (DIRECT // 8 + 37, 8, 6, 64),
+    ],
 )
 def test_pairs_are_sorted_and_cut(tokens, top_k, E, block_m, device):
     torch.manual_seed(tokens)
