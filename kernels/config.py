@@ -18,7 +18,8 @@ DESCRIPTOR_ROWS = 48
 class Tile:
     """One matmul: `block_n` counts intermediate units for gate-up, hidden units for down.
 
-    In path "descriptors" `block_m` may be 128 + 16 (`kernels/grouped_tma.py`).
+    A tile with at most `small_m` rows, as the last one of an expert often is, is computed at that
+    height (paths of sorted rows); 0: a quarter of block_m if that is at least 16.
     """
 
     block_m: int
@@ -26,6 +27,7 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    small_m: int = 0
 
     def launch(self) -> dict[str, int]:
         return {
@@ -35,6 +37,11 @@ class Tile:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+
+    def with_rows(self, block_m: int) -> dict[str, int]:
+        """`launch` for the tiles of a plan, which have `block_m` rows."""
+        small = self.small_m or (block_m // 4 if block_m >= 64 else block_m)
+        return self.launch() | {"BLOCK_M": block_m, "SMALL_M": min(small, block_m)}
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,9 @@ class Device:
     major: int
     minor: int
     shared: int
-    processors: int
 
 
-# In the interpreter, with few programs: each has several tiles to do even in small tests.
-HOPPER = Device(9, 0, 227 * 1024, 2)
+HOPPER = Device(9, 0, 227 * 1024)
 
 
 @cache
@@ -72,7 +77,7 @@ def device_of(device: torch.device) -> Device:
         return HOPPER
     p = torch.cuda.get_device_properties(device)
     shared = getattr(p, "shared_memory_per_block_optin", 99 * 1024)
-    return Device(p.major, p.minor, shared, p.multi_processor_count)
+    return Device(p.major, p.minor, shared)
 
 
 def fit(tile: Tile, columns: int, itemsize: int, shared: int) -> Tile:
@@ -107,10 +112,11 @@ def select_config(
     else:
         rows = tokens * top_k / layout.num_experts
         if descriptors and device.major == 9 and rows > DESCRIPTOR_ROWS:
+            small = 64 if rows <= 96 else 32
             return FFNConfig(
                 "descriptors",
-                Tile(128, 128, 64, 8, 4),
-                Tile(128, 256, 64, 8, 4),
+                Tile(128, 128, 64, 8, 4, small),
+                Tile(128, 256, 64, 8, 4, small),
                 Tile(128, 256, 64, 8, 3),
                 Tile(128, 128, 64, 8, 4),
             )

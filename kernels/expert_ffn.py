@@ -53,9 +53,8 @@ def expert_ffn(
 
 def choose(x: Tensor, ids: Tensor, table: Any, path: str | None = None) -> FFNConfig:
     """`select_config` for x [T, H] and ids [T, k]; path "grouped" for what has gradients."""
-    return select_config(
-        *ids.shape, table.layout, device_of(x.device), path, has_descriptors(table)
-    )
+    T, K = ids.shape
+    return select_config(T, K, table.layout, device_of(x.device), path, has_descriptors(table))
 
 
 def _gate_up(
@@ -77,8 +76,9 @@ def _grouped(
     plan = make_plan(ids, table, config.gate_up.block_m)
     h = x.new_empty(ids.numel(), table.layout.intermediate)
     _gate_up(x, plan, table, config, h, pre)
-    # fp32 partial results as long as they stay in L2; beyond, traffic counts more.
-    small = ids.numel() * x.shape[1] <= 2**22
+    # fp32 partial results as long as they stay in L2; beyond, traffic counts more. Large tiles of
+    # fp32 would not fit shared memory beside the pipeline.
+    small = ids.numel() * x.shape[1] <= 2**22 and config.path != "descriptors"
     out = torch.empty(
         ids.numel(), x.shape[1], dtype=torch.float32 if small else x.dtype, device=x.device
     )

@@ -21,8 +21,6 @@ from spac.kernels.config import Tile
 from spac.kernels.dequant import quantized_args
 from spac.kernels.plan import Plan, plan_args, tile_copies_to, tile_rows
 
-SMALL_PART = 4
-
 
 @triton.jit
 def _gate_up_rows(
@@ -311,12 +309,6 @@ def _rows_kernel(
         )  # fmt: skip
 
 
-def _with_rows(tile: Tile, plan: Plan) -> dict[str, int]:
-    """A tile of few rows, as the last one of an expert often is, is computed at a lower height."""
-    m = plan.block_m
-    return tile.launch() | {"BLOCK_M": m, "SMALL_M": m // SMALL_PART if m >= 64 else m}
-
-
 def grouped_gate_up(
     x: Tensor, plan: Plan, table: Any, tile: Tile, h: Tensor, pre: Tensor | None = None
 ) -> None:
@@ -338,7 +330,7 @@ def grouped_gate_up(
         **copy_args(table),
         **gate_up_args(table),
         **quantized_args(table, "gate_up"),
-        **_with_rows(tile, plan),
+        **tile.with_rows(plan.block_m),
     )
 
 
@@ -359,7 +351,7 @@ def grouped_rows(
         EVEN_K=depth % tile.block_k == 0,
         **plan_args(plan),
         **weight_args,
-        **_with_rows(tile, plan),
+        **tile.with_rows(plan.block_m),
     )
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 256  # pairs that one program places
-DIRECT = 4096  # pairs that every program can count by itself
+DIRECT = 4096  # up to so many pairs every program counts all, in one launch
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Plan:
     offsets int32 [E + 1]. Of each tile, all [tiles]: expert int32 (-1 = none), first row int32,
     rows int32 (negative: nobody computes them, for their expert is not here; the tile after the
     last used one has the first rows without an expert), slot int32 of its expert in the table's
-    `slots`. used int32 [1]: tiles from here on are unused.
+    `slots`.
     """
 
     order: Tensor
@@ -31,7 +31,6 @@ class Plan:
     tile_row: Tensor
     tile_rows: Tensor
     tile_slot: Tensor
-    used: Tensor
     top_k: int
     block_m: int
 
@@ -62,7 +61,6 @@ def _place_kernel(
     tile_row_ptr,
     tile_rows_ptr,
     tile_slot_ptr,
-    used_ptr,
     base,
     skew,
     num_pairs,
@@ -76,19 +74,19 @@ def _place_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Counting sort, stable. Program i places the pairs of chunk i and cuts expert i into tiles.
+    """Counting sort, stable. Program e cuts expert e into tiles.
 
-    DIRECT: pairs to count here, all in one step; 0: `counts` has them. Grid (max(chunks, E),).
+    DIRECT: pairs to count, all in one step, and program e places its own. Grid (E,).
+    0: `counts` has them by chunk, and program E + i places chunk i. Grid (E + chunks,).
     """
-    pid = tl.program_id(0)
+    e = tl.program_id(0)
+    chunk = e - E
     offs_b = tl.arange(0, BINS)
     if DIRECT:
         offs_p = tl.arange(0, DIRECT)
         all_ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1)
         known = (all_ids >= 0) & (all_ids < E)
-        bins = tl.where(known, all_ids, 0).to(tl.int32)
-        totals = tl.histogram(bins, BINS, mask=known)
-        before = tl.histogram(bins, BINS, mask=known & (offs_p < pid * CHUNK))
+        totals = tl.histogram(tl.where(known, all_ids, 0).to(tl.int32), BINS, mask=known)
     else:
         totals = tl.zeros((BINS,), tl.int32)
         before = tl.zeros((BINS,), tl.int32)
@@ -97,12 +95,10 @@ def _place_kernel(
             count_ptrs = counts_ptr + offs_c[:, None] * BINS + offs_b[None, :]
             counts = tl.load(count_ptrs, mask=(offs_c < chunks)[:, None], other=0)
             totals += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where((offs_c < pid)[:, None], counts, 0), axis=0)
+            before += tl.sum(tl.where((offs_c < chunk)[:, None], counts, 0), axis=0)
     begins = tl.cumsum(totals, axis=0) - totals
-    tile_counts = tl.cdiv(totals, BLOCK_M)
-
-    if pid < E:
-        e = pid
+    if e < E:
+        tile_counts = tl.cdiv(totals, BLOCK_M)
         begin = tl.sum(tl.where(offs_b == e, begins, 0), axis=0)
         count = tl.sum(tl.where(offs_b == e, totals, 0), axis=0)
         tile_begin = tl.sum(tl.where(offs_b < e, tile_counts, 0), axis=0)
@@ -110,6 +106,10 @@ def _place_kernel(
         address = tl.load(address_ptr + e)
         slot = ((address - base) // skew).to(tl.int32)
         tl.store(offsets_ptr + e, begin)
+        if DIRECT:
+            mine = (all_ids == e).to(tl.int32)
+            rank = tl.cumsum(mine, axis=0) - mine
+            tl.store(order_ptr + begin + rank, offs_p, mask=mine != 0)
         for t0 in range(0, tile_count, BLOCK_T):
             offs_t = t0 + tl.arange(0, BLOCK_T)
             mask_t = offs_t < tile_count
@@ -120,45 +120,42 @@ def _place_kernel(
             tl.store(tile_rows_ptr + to, tl.where(address != 0, rows, -rows), mask=mask_t)
             tl.store(tile_slot_ptr + to, tl.zeros((BLOCK_T,), tl.int32) + slot, mask=mask_t)
         if e == E - 1:
-            end, first_unused = begin + count, tile_begin + tile_count
+            end, unused = begin + count, tile_begin + tile_count
             tl.store(offsets_ptr + E, end)
-            tl.store(used_ptr, first_unused)
-            for t0 in range(first_unused, tiles, BLOCK_T):
+            for t0 in range(unused, tiles, BLOCK_T):
                 offs_t = t0 + tl.arange(0, BLOCK_T)
                 mask_t = offs_t < tiles
                 none = tl.zeros((BLOCK_T,), tl.int32)
-                rest = tl.where(offs_t == first_unused, tl.minimum(num_pairs - end, BLOCK_M), 0)
+                rest = tl.where(offs_t == unused, tl.minimum(num_pairs - end, BLOCK_M), 0)
                 tl.store(tile_expert_ptr + offs_t, none - 1, mask=mask_t)
                 tl.store(tile_row_ptr + offs_t, none + end, mask=mask_t)
                 tl.store(tile_rows_ptr + offs_t, -rest, mask=mask_t)
                 tl.store(tile_slot_ptr + offs_t, none, mask=mask_t)
-
-    if pid < chunks:
-        first = pid * CHUNK
+    elif DIRECT == 0:
+        first = chunk * CHUNK
         offs_i = tl.arange(0, CHUNK)
-        mask_i = first + offs_i < num_pairs
-        ids = tl.load(ids_ptr + first + offs_i, mask=mask_i, other=-1)
-        rank = tl.zeros((CHUNK,), tl.int32)
+        ids = tl.load(ids_ptr + first + offs_i, mask=first + offs_i < num_pairs, other=-1)
+        earlier = tl.zeros((CHUNK, 32), tl.int32)
         for j0 in tl.static_range(0, CHUNK, 32):
             offs_j = j0 + tl.arange(0, 32)
-            mask_j = first + offs_j < num_pairs
-            others = tl.load(ids_ptr + first + offs_j, mask=mask_j, other=-1)
-            earlier = (others[None, :] == ids[:, None]) & (offs_j[None, :] < offs_i[:, None])
-            rank += tl.sum(earlier.to(tl.int32), axis=1)
-        valid = (ids >= 0) & (ids < E)
-        to = tl.gather(begins + before, tl.where(valid, ids, 0).to(tl.int32), axis=0) + rank
-        tl.store(order_ptr + to, first + offs_i, mask=valid)
+            others = tl.load(ids_ptr + first + offs_j, mask=first + offs_j < num_pairs, other=-1)
+            same = others[None, :] == ids[:, None]
+            earlier += (same & (offs_j[None, :] < offs_i[:, None])).to(tl.int32)
+        known = (ids >= 0) & (ids < E)
+        to = tl.gather(begins + before, tl.where(known, ids, 0).to(tl.int32), axis=0)
+        to += tl.sum(earlier, axis=1)
+        tl.store(order_ptr + to, first + offs_i, mask=known)
 
 
 def make_plan(ids: Tensor, table: Any, block_m: int) -> Plan:
     """Sort ids [T, k] (contiguous) by expert, stably; tiles of `block_m` rows of each group."""
     E, pairs = table.layout.num_experts, ids.numel()
     tiles = pairs // block_m + min(E, pairs) + 1
-    sizes = (pairs, E + 1, tiles, tiles, tiles, tiles, 1)
-    order, offsets, expert, row, rows, slot, used = (
+    sizes = (pairs, E + 1, tiles, tiles, tiles, tiles)
+    order, offsets, expert, row, rows, slot = (
         torch.empty(n, dtype=torch.int32, device=ids.device) for n in sizes
     )
-    plan = Plan(order, offsets, expert, row, rows, slot, used, top_k=ids.shape[1], block_m=block_m)
+    plan = Plan(order, offsets, expert, row, rows, slot, top_k=ids.shape[1], block_m=block_m)
     base, skew = (0, 1) if table.slots is None else table.slots.span
     bins, chunks = max(2, triton.next_power_of_2(E)), triton.cdiv(pairs, CHUNK)
     direct = pairs <= DIRECT
@@ -166,7 +163,7 @@ def make_plan(ids: Tensor, table: Any, block_m: int) -> Plan:
     if not direct:
         counts = torch.empty(chunks, bins, dtype=torch.int32, device=ids.device)
         _count_kernel[(chunks,)](ids, counts, pairs, E, BINS=bins, CHUNK=CHUNK, num_warps=4)
-    _place_kernel[(max(chunks, E),)](
+    _place_kernel[(E if direct else E + chunks,)](
         ids,
         counts,
         table.address,
@@ -176,14 +173,13 @@ def make_plan(ids: Tensor, table: Any, block_m: int) -> Plan:
         row,
         rows,
         slot,
-        used,
         base,
         skew,
         num_pairs=pairs,
         E=E,
         tiles=tiles,
         chunks=chunks,
-        DIRECT=max(CHUNK, triton.next_power_of_2(pairs)) if direct else 0,
+        DIRECT=max(1024, triton.next_power_of_2(pairs)) if direct else 0,
         BINS=bins,
         CHUNK=CHUNK,
         STEP=max(1, 16384 // bins),

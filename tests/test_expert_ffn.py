@@ -17,8 +17,7 @@ SMALL = {
 }
 
 
-# Tiles of 32 rows and 16 more; `HOPPER` has two processors, so each program does several.
-DESCRIPTORS = FFNConfig("descriptors", Tile(48, 16, 32, 4, 3), Tile(48, 32, 32, 4, 3))
+DESCRIPTORS = FFNConfig("descriptors", Tile(32, 16, 32, 4, 3, 16), Tile(32, 32, 32, 4, 3, 16))
 
 
 def parameters(layout: ExpertLayout, device: str) -> list[torch.Tensor]:
@@ -275,7 +274,7 @@ def test_streamed_experts_are_stored_on_the_way(path, name, device):
     ("plain", torch.bfloat16), ("plain", torch.float16), ("interleaved", torch.float16),
 ], ids=str)  # fmt: skip
 def test_descriptors(name, dtype, device):
-    """Tiles with and without further rows, an absent expert, ids without an expert."""
+    """Tiles of both heights, an absent expert, ids without an expert."""
     torch.manual_seed(9)
     layout = ExpertLayout(5, 64, 40, dtype, **LAYOUTS[name])
     weight_tensors = parameters(layout, device)

@@ -13,7 +13,7 @@ from spac.layout import ACTIVATIONS, ExpertLayout, ExpertTable
 
 SMALL = FFNConfig("grouped", Tile(32, 16, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(32, 32, 16, 4, 3))
 DESCRIPTORS = FFNConfig(
-    "descriptors", Tile(32, 16, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(16, 32, 16, 4, 3),
+    "descriptors", Tile(32, 16, 32, 4, 3, 16), Tile(32, 32, 32, 4, 3, 16), Tile(16, 32, 16, 4, 3),
     Tile(32, 16, 32, 4, 3),
 )  # fmt: skip
 NAMES = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
