@@ -109,6 +109,12 @@ def correctness(report: Report) -> None:
                 report.part(label, partial(check_forward, p, None, path))
             p = make_problem(layout, params, 60, 3, DEV)
             report.part(f"backward {name} {str(dtype)[6:]}", partial(check_backward, p))
+    for name in ("plain", "interleaved"):  # rows enough for descriptors, where there are any
+        layout = ExpertLayout(7, 192, 88, torch.float16, interleaved=name == "interleaved")
+        p = make_problem(layout, make_params(layout, DEV), 300, 3, DEV)
+        p.ids[0][0, 0], p.ids[0][1, 1] = -1, 7
+        report.part(f"many rows, {name}", partial(check_forward, p))
+        report.part(f"many rows, backward, {name}", partial(check_backward, p))
     check_real_shape(report)
     torch.cuda.empty_cache()
     report.part("verify", check_verify)

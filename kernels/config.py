@@ -112,14 +112,11 @@ def select_config(
     else:
         rows = tokens * top_k / layout.num_experts
         if descriptors and device.major == 9 and rows > DESCRIPTOR_ROWS:
-            small = 64 if rows <= 96 else 32
-            return FFNConfig(
-                "descriptors",
-                Tile(128, 128, 64, 8, 4, small),
-                Tile(128, 256, 64, 8, 4, small),
-                Tile(128, 256, 64, 8, 3),
-                Tile(128, 128, 64, 8, 4),
-            )
+            gate_up, down = Tile(128, 128, 64, 8, 4, 32), Tile(128, 256, 64, 8, 4, 32)
+            if rows <= 96:
+                gate_up, down = Tile(128, 128, 64, 8, 4, 64), Tile(128, 128, 64, 4, 3, 64)
+            outer, hidden = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
+            return FFNConfig("descriptors", gate_up, down, outer, hidden)
         if rows <= 6:
             gate_up, down = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
         elif rows <= 24:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 256  # pairs that one program places
+PART = 256  # pairs that are compared with each other
+CHUNKS = 256  # at most, or else the counts of all chunks are too much to read for each program
 DIRECT = 4096  # up to so many pairs every program counts all, in one launch
 
 
@@ -47,7 +48,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, E, BINS: tl.constexpr, CHUNK: 
     ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1)
     valid = (ids >= 0) & (ids < E)
     counts = tl.histogram(tl.where(valid, ids, 0).to(tl.int32), BINS, mask=valid)
-    tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), counts)
+    tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), counts.to(counts_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["tiles", "chunks"])
@@ -69,7 +70,8 @@ def _place_kernel(
     chunks,
     DIRECT: tl.constexpr,
     BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -93,7 +95,7 @@ def _place_kernel(
         for c0 in range(0, chunks, STEP):
             offs_c = c0 + tl.arange(0, STEP)
             count_ptrs = counts_ptr + offs_c[:, None] * BINS + offs_b[None, :]
-            counts = tl.load(count_ptrs, mask=(offs_c < chunks)[:, None], other=0)
+            counts = tl.load(count_ptrs, mask=(offs_c < chunks)[:, None], other=0).to(tl.int32)
             totals += tl.sum(counts, axis=0)
             before += tl.sum(tl.where((offs_c < chunk)[:, None], counts, 0), axis=0)
     begins = tl.cumsum(totals, axis=0) - totals
@@ -132,19 +134,25 @@ def _place_kernel(
                 tl.store(tile_rows_ptr + offs_t, -rest, mask=mask_t)
                 tl.store(tile_slot_ptr + offs_t, none, mask=mask_t)
     elif DIRECT == 0:
-        first = chunk * CHUNK
-        offs_i = tl.arange(0, CHUNK)
-        ids = tl.load(ids_ptr + first + offs_i, mask=first + offs_i < num_pairs, other=-1)
-        earlier = tl.zeros((CHUNK, 32), tl.int32)
-        for j0 in tl.static_range(0, CHUNK, 32):
-            offs_j = j0 + tl.arange(0, 32)
-            others = tl.load(ids_ptr + first + offs_j, mask=first + offs_j < num_pairs, other=-1)
-            same = others[None, :] == ids[:, None]
-            earlier += (same & (offs_j[None, :] < offs_i[:, None])).to(tl.int32)
-        known = (ids >= 0) & (ids < E)
-        to = tl.gather(begins + before, tl.where(known, ids, 0).to(tl.int32), axis=0)
-        to += tl.sum(earlier, axis=1)
-        tl.store(order_ptr + to, first + offs_i, mask=known)
+        place = begins + before
+        for part in tl.static_range(PARTS):
+            first = (chunk * PARTS + part) * PART
+            offs_i = tl.arange(0, PART)
+            ids = tl.load(ids_ptr + first + offs_i, mask=first + offs_i < num_pairs, other=-1)
+            earlier = tl.zeros((PART, 32), tl.int32)
+            for j0 in tl.static_range(0, PART, 32):
+                offs_j = j0 + tl.arange(0, 32)
+                others = tl.load(
+                    ids_ptr + first + offs_j, mask=first + offs_j < num_pairs, other=-1
+                )
+                same = others[None, :] == ids[:, None]
+                earlier += (same & (offs_j[None, :] < offs_i[:, None])).to(tl.int32)
+            known = (ids >= 0) & (ids < E)
+            bins = tl.where(known, ids, 0).to(tl.int32)
+            to = tl.gather(place, bins, axis=0) + tl.sum(earlier, axis=1)
+            tl.store(order_ptr + to, first + offs_i, mask=known)
+            if part + 1 < PARTS:
+                place += tl.histogram(bins, BINS, mask=known)
 
 
 def make_plan(ids: Tensor, table: Any, block_m: int) -> Plan:
@@ -157,12 +165,15 @@ def make_plan(ids: Tensor, table: Any, block_m: int) -> Plan:
     )
     plan = Plan(order, offsets, expert, row, rows, slot, top_k=ids.shape[1], block_m=block_m)
     base, skew = (0, 1) if table.slots is None else table.slots.span
-    bins, chunks = max(2, triton.next_power_of_2(E)), triton.cdiv(pairs, CHUNK)
+    bins = max(2, triton.next_power_of_2(E))
+    parts = triton.next_power_of_2(triton.cdiv(pairs, CHUNKS * PART))
+    chunks = triton.cdiv(pairs, parts * PART)
     direct = pairs <= DIRECT
     counts = offsets
     if not direct:
-        counts = torch.empty(chunks, bins, dtype=torch.int32, device=ids.device)
-        _count_kernel[(chunks,)](ids, counts, pairs, E, BINS=bins, CHUNK=CHUNK, num_warps=4)
+        small = torch.int16 if parts * PART < 2**15 else torch.int32
+        counts = torch.empty(chunks, bins, dtype=small, device=ids.device)
+        _count_kernel[(chunks,)](ids, counts, pairs, E, BINS=bins, CHUNK=parts * PART, num_warps=4)
     _place_kernel[(E if direct else E + chunks,)](
         ids,
         counts,
@@ -181,7 +192,8 @@ def make_plan(ids: Tensor, table: Any, block_m: int) -> Plan:
         chunks=chunks,
         DIRECT=max(1024, triton.next_power_of_2(pairs)) if direct else 0,
         BINS=bins,
-        CHUNK=CHUNK,
+        PART=PART,
+        PARTS=parts,
         STEP=max(1, 16384 // bins),
         BLOCK_M=block_m,
         BLOCK_T=64,

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spac.kernels import plan as plan_module
 from spac.kernels.plan import DIRECT, make_plan
 
 
@@ -18,8 +19,9 @@ from spac.kernels.plan import DIRECT, make_plan
         (DIRECT // 8 + 37, 8, 6, 64),
     ],
 )
-def test_pairs_are_sorted_and_cut(tokens, top_k, E, block_m, device):
+def test_pairs_are_sorted_and_cut(tokens, top_k, E, block_m, device, monkeypatch):
     torch.manual_seed(tokens)
+    monkeypatch.setattr(plan_module, "CHUNKS", 8)  # several parts a chunk
     ids = torch.randint(-1, E + 2, (tokens, top_k), device=device, dtype=torch.int32)
     address = torch.arange(1, E + 1, device=device) * 64
     address[E // 2] = 0
