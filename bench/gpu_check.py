@@ -31,8 +31,7 @@ from spac.bench.kernels import (
     make_provider,
 )
 from spac.kernels import accept, combine, settle, verify
-from spac.kernels.config import device_of, select_config
-from spac.kernels.expert_ffn import expert_ffn, expert_ffn_train
+from spac.kernels.expert_ffn import choose, expert_ffn, expert_ffn_train
 from spac.kernels.expert_ffn_backward import expert_ffn_backward
 from spac.layout import ExpertLayout, ExpertTable
 
@@ -79,18 +78,19 @@ def error_of(y: Tensor, truth: Tensor) -> float:
 def check_forward(p: Problem, table: ExpertTable | None = None, path: str | None = None) -> str:
     """Error at most twice that of a matmul chain rounded to the dtype, same bits twice."""
     layout, x, ids, w = p.layout, p.x[0], p.ids[0], p.weights[0]
-    tokens, top_k = ids.shape
-    config = select_config(tokens, top_k, layout, device_of(x.device), path)
+    tokens = ids.shape[0]
+    table = table or p.table
+    config = choose(x, ids, table, path)
     truth = p.truth(0)
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-21}[layout.dtype]
     torch.cuda.empty_cache()
     poison = torch.full((2**26,), float("nan"), device=DEV)  # what torch.empty will hand out
     del poison
-    y = expert_ffn(x, ids, w, table or p.table, None, config)
+    y = expert_ffn(x, ids, w, table, None, config)
     worst = error_of(y, truth)
     if worst > 1.2 * unit:
         raise AssertionError(f"{config.path}, {tokens} tokens: error {worst:.1e}")
-    if not torch.equal(y, expert_ffn(x, ids, w, table or p.table, None, config)):
+    if not torch.equal(y, expert_ffn(x, ids, w, table, None, config)):
         raise AssertionError(f"{config.path}, {tokens} tokens: not the same bits twice")
     return f"{worst:.1e}"
 
@@ -109,6 +109,12 @@ def correctness(report: Report) -> None:
                 report.part(label, partial(check_forward, p, None, path))
             p = make_problem(layout, params, 60, 3, DEV)
             report.part(f"backward {name} {str(dtype)[6:]}", partial(check_backward, p))
+    for name in ("plain", "interleaved"):  # rows enough for descriptors, where there are any
+        layout = ExpertLayout(7, 192, 88, torch.float16, interleaved=name == "interleaved")
+        p = make_problem(layout, make_params(layout, DEV), 300, 3, DEV)
+        p.ids[0][0, 0], p.ids[0][1, 1] = -1, 7
+        report.part(f"many rows, {name}", partial(check_forward, p))
+        report.part(f"many rows, backward, {name}", partial(check_backward, p))
     check_real_shape(report)
     torch.cuda.empty_cache()
     report.part("verify", check_verify)

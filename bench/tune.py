@@ -23,7 +23,7 @@ from spac.bench.kernels import (
 )
 from spac.bench.report import Table
 from spac.kernels.config import FFNConfig, Tile, device_of, select_config
-from spac.kernels.expert_ffn import expert_ffn
+from spac.kernels.expert_ffn import choose, expert_ffn
 from spac.layout import ExpertLayout
 from spac.progress import progress
 
@@ -62,6 +62,14 @@ MANY = (
     [Tile(16, n, k, w, s) for n, k, w, s in (
         (256, 64, 8, 4), (256, 32, 8, 6), (128, 64, 8, 4), (128, 64, 4, 4), (128, 32, 4, 6))],
 )  # fmt: skip
+DESCRIPTORS = (
+    [Tile(m, n, k, w, s, small) for m, n, k, w, s, small in (
+        (128, 128, 64, 8, 4, 32), (128, 128, 64, 8, 4, 64), (128, 128, 64, 8, 3, 32),
+        (128, 64, 64, 8, 3, 32), (64, 64, 64, 4, 4, 16), (64, 128, 64, 8, 4, 16))],
+    [Tile(16, n, k, w, s, small) for n, k, w, s, small in (
+        (256, 64, 8, 4, 32), (256, 64, 8, 4, 64), (128, 64, 8, 3, 32), (128, 64, 4, 3, 32),
+        (128, 64, 4, 4, 16))],
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +90,11 @@ def run(args: argparse.Namespace) -> Table:
     rows = []
     for tokens in progress(args.tokens, NAME):
         p = make_problem(layout, params, tokens, top_k, "cuda")
-        selected = select_config(tokens, top_k, layout, device_of(params[0].device))
-        found = descend(selected, _candidates(selected, tokens, top_k, E), p, args.seconds)
+        x, ids = p.x[0], p.ids[0]
+        selected, other = choose(x, ids, p.table), choose(x, ids, p.table, "grouped")
+        if other.path == selected.path:
+            other = select_config(tokens, top_k, layout, device_of(x.device), "grouped")
+        found = descend(selected, other, tokens * top_k / E, p, args.seconds)
         best, times = found[0], found[1]
         error = relative_error(_call(best, p, 0), p)
         if not error < 2e-2:
@@ -97,37 +108,38 @@ def run(args: argparse.Namespace) -> Table:
     return Table(COLUMNS, rows, f"tiles, {args.shape}", notes)
 
 
-def _candidates(
-    selected: FFNConfig, tokens: int, top_k: int, experts: int
-) -> tuple[list[Tile], list[Tile]]:
-    if selected.path == "tokens":
-        return TOKENS
-    rows = tokens * top_k / experts
+def _candidates(path: str, rows: float) -> tuple[list[Tile], list[Tile]]:
+    """Tiles for gate-up and down, at `rows` rows of an expert."""
+    if path != "grouped":
+        return TOKENS if path == "tokens" else DESCRIPTORS
     return FEW if rows <= 6 else SOME if rows <= 96 else MANY
 
 
-def _variants(
-    candidates: tuple[list[Tile], list[Tile]],
-) -> list[Callable[[FFNConfig], Iterator[FFNConfig]]]:
+def _variants(other: FFNConfig, rows: float) -> list[Callable[[FFNConfig], Iterator[FFNConfig]]]:
     """Steps of the descent; each makes configurations out of the best one so far."""
-    gate_up, down = candidates
+
+    def down(best: FFNConfig) -> Iterator[FFNConfig]:
+        for tile in _candidates(best.path, rows)[1]:
+            yield replace(best, down=replace(tile, block_m=best.gate_up.block_m))
+
     return [
-        lambda best: (replace(best, path=path) for path in ("grouped",)),
-        lambda best: (replace(best, gate_up=tile) for tile in gate_up),
-        lambda best: (replace(best, down=replace(t, block_m=best.gate_up.block_m)) for t in down),
+        lambda best: iter([other]),
+        lambda best: (replace(best, gate_up=t) for t in _candidates(best.path, rows)[0]),
+        down,
     ]
 
 
 def descend(
     selected: FFNConfig,
-    candidates: tuple[list[Tile], list[Tile]],
+    other: FFNConfig,
+    rows: float,
     p: Problem,
     seconds: float,
 ) -> tuple[FFNConfig, dict[FFNConfig, float]]:
     """The fastest configuration found within `seconds`, and the time of every one tried."""
     times = {selected: _seconds(selected, p)}
     best = selected
-    for i, variants in enumerate(_variants(candidates)):
+    for i, variants in enumerate(_variants(other, rows)):
         deadline = time.perf_counter() + seconds * (0.1, 0.5, 0.4)[i]
         for config in variants(best):
             if config in times or time.perf_counter() > deadline:

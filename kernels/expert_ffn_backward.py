@@ -25,10 +25,12 @@ from spac.kernels.common import (
     matmul_tile,
     weight_pointer,
 )
-from spac.kernels.config import FFNConfig, Tile, device_of, select_config
-from spac.kernels.expert_ffn import save_hidden
+from spac.kernels.config import FFNConfig, Tile
+from spac.kernels.expert_ffn import choose, save_hidden
 from spac.kernels.grouped import grouped_rows
 from spac.kernels.grouped_grad import grouped_bias_grad, grouped_outer
+from spac.kernels.grouped_grad_tma import hidden_grad_tma, outer_tma
+from spac.kernels.grouped_tma import rows_tma
 from spac.kernels.plan import Plan, plan_args, tile_rows
 from spac.kernels.sum_pairs import sum_pairs
 
@@ -42,9 +44,9 @@ def _hidden_grad_kernel(
     wa_ptr,
     dot_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
+    tile_rows_ptr,
     address_ptr,
     w_offset,
     w_skew,
@@ -71,11 +73,11 @@ def _hidden_grad_kernel(
     pid = tl.program_id(0)
     tile = pid // blocks_n
     block = pid - tile * blocks_n
-    e, rows, pairs, mask_m = tile_rows(
-        order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
-    )
-    if e < 0:
+    used = tl.load(tile_rows_ptr + tile)
+    if used <= 0:
         return
+    e = tl.load(tile_expert_ptr + tile)
+    rows, pairs, mask_m = tile_rows(order_ptr, tile_row_ptr, tile, used, BLOCK_M)
     address = tl.load(address_ptr + e) + w_offset + e.to(tl.int64) * w_skew
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # down is [H, inter]: here inter is the column and H the depth.
@@ -206,7 +208,7 @@ def expert_ffn_backward(
     (T, H), K, layout = x.shape, ids.shape[1], table.layout
     ids, weights, dy = ids.contiguous(), weights.contiguous(), dy.to(x.dtype).contiguous()
     x = x.contiguous()
-    config = config or select_config(T, K, layout, device_of(x.device), "grouped")
+    config = config or choose(x, ids, table, "grouped")
     grads = [torch.empty_like(t) for t in (x, weights, gate_up, down)]
     dx, dweights, d_gate_up, d_down = grads
     biases: list[Tensor | None] = [
@@ -218,18 +220,27 @@ def expert_ffn_backward(
                 g.zero_()
         return dx, dweights, d_gate_up, d_down, biases[0], biases[1]
     plan, pre = saved or save_hidden(x, ids, table, config)
-    d_pre, wa = _hidden_grad(
-        dy, ids, weights, table, plan, pre, _hidden_tile(config.gate_up), dweights
+    fast = config.path == "descriptors"
+    d_pre, wa = torch.empty_like(pre), pre.new_empty(T * K, layout.intermediate)
+    tile = config.hidden or _hidden_tile(config.gate_up)
+    dots = torch.empty(
+        T * K, triton.cdiv(layout.intermediate, tile.block_n), dtype=torch.float32, device=x.device
     )
+    hidden = hidden_grad_tma if fast else _hidden_grad
+    hidden(dy, weights, table, plan, pre, tile, d_pre, wa, dots)
+    _weight_grad(dots, dy, ids, table, dweights)
 
     out = x.new_empty(T * K, H)
-    grouped_rows(d_pre, None, plan, _stored_rows_args(table), config.down, out)
+    if fast:
+        rows_tma(d_pre, None, plan, table.slots.gate_up, config.down, out, turned=True)
+    else:
+        grouped_rows(d_pre, None, plan, _stored_rows_args(table), config.down, out)
     sum_pairs(out, ids, table.address, dx)
 
     turned = layout.transposed
-    outer = config.outer
-    grouped_outer(d_pre, x, plan, "b", d_gate_up.mT if turned else d_gate_up, outer)
-    grouped_outer(dy, wa, plan, "a", d_down.mT if turned else d_down, outer)
+    outer = outer_tma if fast else grouped_outer
+    outer(d_pre, x, plan, "b", d_gate_up.mT if turned else d_gate_up, config.outer)
+    outer(dy, wa, plan, "a", d_down.mT if turned else d_down, config.outer)
     if biases[0] is not None:
         grouped_bias_grad(d_pre, None, plan, biases[0])
     if biases[1] is not None:
@@ -244,20 +255,18 @@ def _hidden_tile(tile: Tile) -> Tile:
 
 def _hidden_grad(
     dy: Tensor,
-    ids: Tensor,
     weights: Tensor,
     table: Any,
     plan: Plan,
     pre: Tensor,
     tile: Tile,
-    dweights: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """d_pre [P, 2I] and w * a [P, I] by sorted row; fills dweights [T, k]."""
-    layout, pairs, H = table.layout, ids.numel(), dy.shape[1]
-    d_pre = torch.empty_like(pre)
-    wa = pre.new_empty(pairs, layout.intermediate)
-    blocks_n = triton.cdiv(layout.intermediate, tile.block_n)
-    dots = torch.empty(pairs, blocks_n, dtype=torch.float32, device=dy.device)
+    d_pre: Tensor,
+    wa: Tensor,
+    dots: Tensor,
+) -> None:
+    """Fills d_pre [P, 2I], w * a [P, I] by sorted row and dots [P, blocks of I] by pair."""
+    layout, H = table.layout, dy.shape[1]
+    blocks_n = dots.shape[1]
     _hidden_grad_kernel[(plan.tiles * blocks_n,)](
         dy,
         weights,
@@ -278,21 +287,24 @@ def _hidden_grad(
         **down_args(table),
         **(tile.launch() | {"BLOCK_M": plan.block_m}),
     )
+
+
+def _weight_grad(dots: Tensor, dy: Tensor, ids: Tensor, table: Any, dweights: Tensor) -> None:
+    """Fills dweights [T, k]."""
     block_p = 16
-    _weight_grad_kernel[(triton.cdiv(pairs, block_p),)](
+    _weight_grad_kernel[(triton.cdiv(ids.numel(), block_p),)](
         dots,
         dy,
         ids,
         dweights,
-        num_pairs=pairs,
-        K=plan.top_k,
-        E=layout.num_experts,
-        H=H,
-        blocks=blocks_n,
-        BLOCKS=triton.next_power_of_2(blocks_n),
+        num_pairs=ids.numel(),
+        K=ids.shape[1],
+        E=table.layout.num_experts,
+        H=dy.shape[1],
+        blocks=dots.shape[1],
+        BLOCKS=triton.next_power_of_2(dots.shape[1]),
         BLOCK_P=block_p,
         BLOCK_H=128,
         num_warps=4,
         **down_args(table),
     )
-    return d_pre, wa

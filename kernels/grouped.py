@@ -19,21 +19,19 @@ from spac.kernels.common import (
 )
 from spac.kernels.config import Tile
 from spac.kernels.dequant import quantized_args
-from spac.kernels.plan import Plan, plan_args, rows_in_tile, tile_copies_to, tile_rows
-
-SMALL_PART = 4
+from spac.kernels.plan import Plan, plan_args, tile_copies_to, tile_rows
 
 
 @triton.jit
 def _gate_up_rows(
     tile,
+    used,
     n0,
     x_ptr,
     stride_xt,
     h_ptr,
     pre_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
@@ -63,12 +61,11 @@ def _gate_up_rows(
     scale_offset,
     GROUP: tl.constexpr,
 ):
-    e, rows, pairs, mask_m = tile_rows(
-        order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
-    )
+    e = tl.load(tile_expert_ptr + tile)
+    rows, pairs, mask_m = tile_rows(order_ptr, tile_row_ptr, tile, used, BLOCK_M)
     address = tl.load(address_ptr + e)
     bias_at = bias_offset + e.to(tl.int64) * bias_skew
-    copy_to = tile_copies_to(copy_to_ptr, offsets_ptr, tile_row_ptr, tile, e, address, COPY)
+    copy_to = tile_copies_to(copy_to_ptr, tile_expert_ptr, tile, e, address, COPY)
     gate, up = gate_up_tile(
         x_ptr,
         pairs // K,
@@ -117,9 +114,9 @@ def _gate_up_grouped_kernel(
     h_ptr,
     pre_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
+    tile_rows_ptr,
     address_ptr,
     copy_to_ptr,
     gate_stride,
@@ -156,12 +153,12 @@ def _gate_up_grouped_kernel(
     pid = tl.program_id(0)
     tile = pid // blocks_n
     n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = rows_in_tile(offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M)
-    if used == 0:
+    used = tl.load(tile_rows_ptr + tile)
+    if used <= 0:
         return
     if used <= SMALL_M:
         _gate_up_rows(
-            tile, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
             bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
             ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, SMALL_M, BLOCK_N, BLOCK_K,
@@ -169,7 +166,7 @@ def _gate_up_grouped_kernel(
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _gate_up_rows(
-            tile, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, x_ptr, stride_xt, h_ptr, pre_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, gate_stride, gate_k_stride, up_offset,
             bias_offset, bias_skew, bias_stride, bias_up_offset, alpha, limit, K, H, inter,
             ACTIVATION, INTERLEAVED, BIAS, ALIGN, COPY, SAVE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -180,12 +177,12 @@ def _gate_up_grouped_kernel(
 @triton.jit
 def _matmul_rows(
     tile,
+    used,
     n0,
     a_ptr,
     out_ptr,
     weights_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
     address_ptr,
@@ -209,13 +206,12 @@ def _matmul_rows(
     scale_offset,
     GROUP: tl.constexpr,
 ):
-    e, rows, pairs, mask_m = tile_rows(
-        order_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M
-    )
+    e = tl.load(tile_expert_ptr + tile)
+    rows, pairs, mask_m = tile_rows(order_ptr, tile_row_ptr, tile, used, BLOCK_M)
     address = tl.load(address_ptr + e)
     w_at = w_offset + e.to(tl.int64) * w_skew
     bias_at = bias_offset + e.to(tl.int64) * bias_skew
-    copy_to = tile_copies_to(copy_to_ptr, offsets_ptr, tile_row_ptr, tile, e, address, COPY)
+    copy_to = tile_copies_to(copy_to_ptr, tile_expert_ptr, tile, e, address, COPY)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     out = matmul_tile(
@@ -259,9 +255,9 @@ def _rows_kernel(
     out_ptr,
     weights_ptr,
     order_ptr,
-    offsets_ptr,
     tile_expert_ptr,
     tile_row_ptr,
+    tile_rows_ptr,
     address_ptr,
     copy_to_ptr,
     w_offset,
@@ -292,12 +288,12 @@ def _rows_kernel(
     pid = tl.program_id(0)
     tile = pid // blocks_n
     n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = rows_in_tile(offsets_ptr, tile_expert_ptr, tile_row_ptr, tile, BLOCK_M)
-    if used == 0:
+    used = tl.load(tile_rows_ptr + tile)
+    if used <= 0:
         return
     if used <= SMALL_M:
         _matmul_rows(
-            tile, n0, a_ptr, out_ptr, weights_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, a_ptr, out_ptr, weights_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
             bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
             SMALL_M, BLOCK_N, BLOCK_K,
@@ -305,18 +301,12 @@ def _rows_kernel(
         )  # fmt: skip
     elif SMALL_M < BLOCK_M:
         _matmul_rows(
-            tile, n0, a_ptr, out_ptr, weights_ptr, order_ptr, offsets_ptr, tile_expert_ptr,
+            tile, used, n0, a_ptr, out_ptr, weights_ptr, order_ptr, tile_expert_ptr,
             tile_row_ptr, address_ptr, copy_to_ptr, w_offset, w_skew, stride_wn, stride_wk,
             bias_offset, bias_skew, N, depth, BIAS, WEIGHTED, ALIGN, COPY, EVEN_K,
             BLOCK_M, BLOCK_N, BLOCK_K,
             scale_offset, GROUP,
         )  # fmt: skip
-
-
-def _with_rows(tile: Tile, plan: Plan) -> dict[str, int]:
-    """A tile of few rows, as the last one of an expert often is, is computed at a lower height."""
-    m = plan.block_m
-    return tile.launch() | {"BLOCK_M": m, "SMALL_M": m // SMALL_PART if m >= 64 else m}
 
 
 def grouped_gate_up(
@@ -340,7 +330,7 @@ def grouped_gate_up(
         **copy_args(table),
         **gate_up_args(table),
         **quantized_args(table, "gate_up"),
-        **_with_rows(tile, plan),
+        **tile.with_rows(plan.block_m),
     )
 
 
@@ -361,7 +351,7 @@ def grouped_rows(
         EVEN_K=depth % tile.block_k == 0,
         **plan_args(plan),
         **weight_args,
-        **_with_rows(tile, plan),
+        **tile.with_rows(plan.block_m),
     )
 
 

@@ -97,7 +97,7 @@ class Engine:
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
         self.host_tables = [store.table(layer) for layer in range(num_layers)]
         self.slot_tables = [
-            ExpertTable.from_blobs(layout, self.pool.address[layer], owner=self.pool.memory)
+            ExpertTable.from_blobs(layout, self.pool.address[layer], memory=self.pool.memory)
             for layer, layout in enumerate(layouts)
         ]
         self._host_address = torch.stack([t.address for t in self.host_tables]).to(device)

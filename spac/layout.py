@@ -127,6 +127,37 @@ class ExpertLayout:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """All that `address` can point at: an entry is 0 or where gate_up[i] begins, for some i.
+
+    gate_up [n, 2I, H] and down [n, H, I] or both transposed, on the device of the kernels. It
+    says nothing about a table whose `address` is another tensor.
+    """
+
+    address: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Address of slot 0 and bytes from one slot to the next."""
+        return self.gate_up.data_ptr(), self.gate_up.stride(0) * self.gate_up.element_size()
+
+    @staticmethod
+    def from_blobs(layout: ExpertLayout, address: Tensor, memory: Tensor) -> Slots | None:
+        """The sections of the blobs in `memory` uint8 [n, bytes]; None if they are quantised."""
+        if layout.form != "float":
+            return None
+        flat, views = memory.view(layout.dtype), []
+        for name in ("gate_up", "down"):
+            offset, (rows, columns) = layout.sections()[name]
+            start = flat.storage_offset() + offset // layout.dtype.itemsize
+            shape = (memory.shape[0], rows, columns)
+            views.append(flat.as_strided(shape, (flat.stride(0), columns, 1), start))
+        return Slots(address, *views)
+
+
+@dataclass(frozen=True)
 class ExpertTable:
     """Where the experts of one layer are, and how to walk through one of them.
 
@@ -160,10 +191,16 @@ class ExpertTable:
     copy_to: Tensor | None = None  # int64 [E]: where to store an expert's blob that is read; 0: no
     owner: object = None  # keeps the memory behind the addresses alive
     places: Places | None = None  # experts that are on their way there: kernels wait for them
+    slots: Slots | None = None
 
     @staticmethod
-    def from_blobs(layout: ExpertLayout, address: Tensor, owner: object = None) -> ExpertTable:
-        """Table over row-major blobs (host store or slots) that start at `address[e]`."""
+    def from_blobs(
+        layout: ExpertLayout, address: Tensor, owner: object = None, memory: Tensor | None = None
+    ) -> ExpertTable:
+        """Table over row-major blobs (host store or slots) that start at `address[e]`.
+
+        memory: uint8 [n, bytes], if every address that is not 0 is that of one of its rows.
+        """
         H, inter = layout.row_units(layout.hidden), layout.intermediate
         sections = layout.sections()
         others = ("gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
@@ -182,7 +219,8 @@ class ExpertTable:
             down_k_stride=1,
             bias_stride=2 if layout.interleaved else 1,
             bias_up_offset=1 if layout.interleaved else inter,
-            owner=owner,
+            owner=owner if memory is None else memory,
+            slots=None if memory is None else Slots.from_blobs(layout, address, memory),
             **offsets,
         )
 
@@ -210,9 +248,10 @@ class ExpertTable:
                 "down_bias_skew": down_bias.stride(0) * size - skew,
             }
         step = gate_up.stride(row)
+        address = torch.arange(base, end, skew, device=gate_up.device)
         return ExpertTable(
             layout=layout,
-            address=torch.arange(base, end, skew, device=gate_up.device),
+            address=address,
             gate_stride=2 * step if layout.interleaved else step,
             gate_k_stride=gate_up.stride(col),
             up_offset=step if layout.interleaved else layout.intermediate * step,
@@ -224,5 +263,6 @@ class ExpertTable:
             bias_up_offset=1 if layout.interleaved else layout.intermediate,
             align=math.gcd(base, skew, _SECTION_ALIGN),
             owner=(gate_up, down, gate_up_bias, down_bias),
+            slots=Slots(address, gate_up, down),
             **bias,
         )

@@ -153,7 +153,7 @@ class Prefill:
         if self._copies is None:
             for place, expert in enumerate(experts.tolist()):
                 area[place, :size].copy_(blobs[expert])
-            return ExpertTable.from_blobs(layout, address, owner=area)
+            return ExpertTable.from_blobs(layout, address, memory=area)
         address = address.pin_memory().to(self.device, non_blocking=True)
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._free[self._next])
@@ -161,4 +161,4 @@ class Prefill:
                 area[place, :size].copy_(blobs[expert], non_blocking=True)
             self._filled[self._next].record()
         torch.cuda.current_stream().wait_event(self._filled[self._next])
-        return ExpertTable.from_blobs(layout, address, owner=area)
+        return ExpertTable.from_blobs(layout, address, memory=area)

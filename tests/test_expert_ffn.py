@@ -8,12 +8,16 @@ import torch
 from spac import reference
 from spac.kernels.config import FFNConfig, Tile
 from spac.kernels.expert_ffn import expert_ffn
+from spac.kernels.grouped_tma import has_descriptors
 from spac.layout import ACTIVATIONS, ExpertLayout, ExpertTable
 
 SMALL = {
     "tokens": FFNConfig("tokens", Tile(16, 16, 32, 4, 3), Tile(16, 32, 16, 4, 3)),
     "grouped": FFNConfig("grouped", Tile(32, 16, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
 }
+
+
+DESCRIPTORS = FFNConfig("descriptors", Tile(32, 16, 32, 4, 3, 16), Tile(32, 32, 32, 4, 3, 16))
 
 
 def parameters(layout: ExpertLayout, device: str) -> list[torch.Tensor]:
@@ -264,3 +268,60 @@ def test_streamed_experts_are_stored_on_the_way(path, name, device):
     for e in range(6):
         arrived = e < 4 and bool((ids == e).any())
         assert torch.equal(slots[e], source[e] if arrived else torch.zeros_like(source[e]))
+
+
+@pytest.mark.parametrize("name, dtype", [
+    ("plain", torch.bfloat16), ("plain", torch.float16), ("interleaved", torch.float16),
+], ids=str)  # fmt: skip
+def test_descriptors(name, dtype, device):
+    """Tiles of both heights, an absent expert, ids without an expert."""
+    torch.manual_seed(9)
+    layout = ExpertLayout(5, 64, 40, dtype, **LAYOUTS[name])
+    weight_tensors = parameters(layout, device)
+    x, ids, weights = inputs(layout, 70, 2, device)
+    ids[:30, 0], ids[:30, 1] = 1, 0
+    ids[3, 1], ids[4, 0] = -1, 5
+    table = ExpertTable.from_parameters(layout, *weight_tensors)
+    address = table.address.clone()
+    address[2] = 0
+    table = replace(table, address=address, slots=replace(table.slots, address=address))
+    seen = torch.where(ids == 2, -1, ids)
+    y = check(x, seen, weights, weight_tensors, layout, table, DESCRIPTORS)
+    assert torch.equal(y, expert_ffn(x, ids, weights, table, None, DESCRIPTORS))
+
+
+def test_descriptors_of_slots_in_any_order(device):
+    torch.manual_seed(10)
+    layout = ExpertLayout(3, 64, 24, torch.float16)
+    weight_tensors = parameters(layout, device)
+    pool = torch.full((6, layout.blob_bytes), 255, dtype=torch.uint8, device=device)
+    slots = [4, 0, 5]
+    for e, slot in enumerate(slots):
+        for tensor, (offset, shape) in zip(weight_tensors, layout.sections().values(), strict=True):
+            size = 2 * torch.Size(shape).numel()
+            pool[slot, offset : offset + size] = tensor[e].reshape(-1).view(torch.uint8)
+    address = pool.data_ptr() + layout.blob_bytes * torch.tensor(slots, device=device)
+    table = ExpertTable.from_blobs(layout, address, memory=pool)
+    x, ids, weights = inputs(layout, 40, 2, device)
+    check(x, ids, weights, weight_tensors, layout, table, DESCRIPTORS)
+
+
+def test_which_tables_have_descriptors(device):
+    def table(hidden=64, dtype=torch.float16, **options):
+        layout = ExpertLayout(3, hidden, 24, dtype, **options)
+        return ExpertTable.from_parameters(layout, *parameters(layout, device))
+
+    plain = table()
+    assert has_descriptors(plain) and has_descriptors(table(interleaved=True))
+    others = [
+        table(hidden=72),
+        table(dtype=torch.float32),
+        table(bias=True),
+        table(transposed=True),
+    ]
+    others += [replace(plain, address=plain.address.clone()), replace(plain, copy_to=plain.address)]
+    others += [ExpertTable.from_blobs(plain.layout, plain.address)]
+    assert not any(has_descriptors(t) for t in others)
+    x, ids, weights = inputs(others[2].layout, 4, 2, device)
+    with pytest.raises(ValueError, match="config: this table cannot be read through descriptors"):
+        expert_ffn(x, ids, weights, others[2], None, DESCRIPTORS)
