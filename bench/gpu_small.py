@@ -14,7 +14,9 @@ from spac.handoff import HandOff
 from spac.kernels import accept, combine, route, split_window, verify
 from spac.kernels.expert_ffn import expert_ffn, expert_ffn_train
 from spac.kernels.expert_ffn_backward import expert_ffn_backward
+from spac.kernels.pull import pull
 from spac.layout import ExpertLayout, ExpertTable
+from spac.pull import MOST_PLACES, Places, Pull
 from spac.store import HostStore
 
 DEV = "cuda"
@@ -36,6 +38,9 @@ def small_kernels(report: Any) -> list[str]:
     host, frequency = address + 1000, torch.zeros(128, dtype=torch.int64, device=DEV)
     streams = torch.arange(129, dtype=torch.int32, device=DEV) // 4
     some = address * (torch.arange(128, device=DEV) % 3 == 0)
+    memory = torch.empty(MOST_PLACES, 256, dtype=torch.uint8, device=DEV)
+    exchanged = torch.full((1, MOST_PLACES, 2), -1, dtype=torch.int32, device=DEV)
+    places = Places.over(memory, torch.rand(1, 128, device=DEV), exchanged)[0]
     for W in (1, 9, 64):
         ids = [torch.randint(0, 128, (W, 8), device=DEV, dtype=torch.int32) for _ in range(8)]
 
@@ -46,9 +51,8 @@ def small_kernels(report: Any) -> list[str]:
         lines.append(_line(name, report.part(name, lambda f=run_verify: graph_seconds(f))))
 
         def run_split(r: int, ids: list[Tensor] = ids) -> Any:
-            return split_window.split_window(
-                ids[r], some, host, utility, bounds, counters, frequency, streams, counters[:1], 5
-            )
+            state = utility, bounds, counters, frequency, streams, counters[:1]
+            return split_window.split_window(ids[r], some, host, *state, 5, places)
 
         name = f"split window W={W}"
         lines.append(_line(name, report.part(name, lambda f=run_split: graph_seconds(f))))
@@ -180,6 +184,15 @@ def streaming(report: Any, layout: ExpertLayout, top_k: int) -> list[str]:
         )
         rate = "" if seconds is None else f"{p.distinct_bytes() / seconds / 1e9:.1f} GB/s"
         lines.append(_line(name, seconds, rate))
+    memory = torch.empty(MOST_PLACES, blob, dtype=torch.uint8, device=DEV)
+    nothing = torch.full((1, MOST_PLACES, 2), -1, dtype=torch.int32, device=DEV)
+    places = Pull(memory, nothing, [small]).places[0]
+    places.source.copy_(address[:MOST_PLACES])
+    places.target.copy_(memory.data_ptr() + blob * torch.arange(MOST_PLACES, device=DEV))
+    name = f"{MOST_PLACES} experts into GPU memory"
+    seconds = report.part(name, lambda: event_seconds(lambda: pull(places, blob), 0.3))
+    rate = "" if seconds is None else f"{memory.numel() / seconds / 1e9:.1f} GB/s"
+    lines.append(_line(name, seconds, rate))
     return lines
 
 
