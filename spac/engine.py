@@ -32,7 +32,7 @@ from spac.handoff import HandOff
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
 from spac.prefill import Prefill, Prompt, area_experts
-from spac.pull import MOST_PLACES, Pull
+from spac.pull import Pull, most_places
 from spac.split import Split, Work
 from spac.staging import Staging
 from spac.state import LayerState
@@ -85,7 +85,7 @@ class Engine:
         room = torch.empty(0)
         if self.control.keeps:
             self.prefill = Prefill(store, device, costs)
-            room = self.prefill.room[:MOST_PLACES]
+            room = self.prefill.room[: most_places(layouts[0], device)]
         # What windows change, in one piece of memory: one copy shows it to the host.
         self._state = LayerState.new(num_layers, num_experts, len(room), device)
         self.utility, self.frequency = self._state.utility, self._state.frequency

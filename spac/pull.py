@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from spac.layout import ExpertLayout
     from spac.pool import SlotPool
 
-MOST_PLACES = 8  # programs that wait for their expert must leave room for the others
+MOST_PLACES = 8
+_WAITING_UNITS = 32  # of an expert's intermediate units: what one waiting program computes
+
+
+def most_places(layout: ExpertLayout, device: torch.device) -> int:
+    """How many experts may be on their way at a time: the programs that wait for them must leave
+    multiprocessors to those that bring them."""
+    if device.type != "cuda":
+        return MOST_PLACES
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    each = -(-layout.intermediate // _WAITING_UNITS)
+    return max(1, min(MOST_PLACES, (processors - 1) // each))
 
 
 @dataclass(frozen=True)
