@@ -233,7 +233,7 @@ class Spac(Policy):
     names = ("utility", "count", "pairs")
     MEMORY = 12.0  # pairs of a layer per expert, after which the oldest count 1 / e
     MARGIN = 0.008  # of the layer's pairs
-    USUAL = 0.25  # pairs that an expert of the mean share is worth
+    USUAL = 0.125  # pairs that an expert of the mean share is worth
 
     def __init__(
         self,

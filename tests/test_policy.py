@@ -41,7 +41,7 @@ def test_values_are_in_pairs():
     for policy in (lfu, spac):
         window(policy, [[0], [0], [0], [3]])
     assert lfu.value().max() < 1 and np.argsort(-lfu.value()[0])[:2].tolist() == [0, 3]
-    np.testing.assert_allclose(spac.value()[0], [E * 3 / 16, 0, 0, E / 16, 0, 0])
+    np.testing.assert_allclose(spac.value()[0], [E * 3 / 32, 0, 0, E / 32, 0, 0])
 
 
 def test_unknown_policy():
