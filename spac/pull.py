@@ -79,6 +79,7 @@ class Pull:
         self._exchanged = exchanged
         shape = len(layouts), layouts[0].num_experts
         self._value = torch.full(shape, -torch.inf, device=memory.device)  # nothing stays
+        self._staging = torch.empty(shape, pin_memory=memory.is_cuda)
         self._shown: np.ndarray | None = None
         self.places = Places.over(memory, self._value, exchanged)
         self._stream: torch.cuda.Stream | None = None
@@ -110,7 +111,8 @@ class Pull:
     def show(self, value: np.ndarray | None) -> None:
         """What experts are worth from the next window on, float32 [L, E]; replaced, not changed."""
         if value is not None and value is not self._shown:
-            self._value.copy_(torch.from_numpy(value))
+            self._staging.copy_(torch.from_numpy(value))
+            self._value.copy_(self._staging, non_blocking=True)
             self._shown = value
 
     def learn(self, exchanged: Tensor, pool: SlotPool) -> None:
