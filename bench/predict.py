@@ -90,6 +90,7 @@ def _row(
         slots,
         streaming=True,
         max_copies=SpacConfig.max_copies,
+        keep=True,
         prompt=Profile.of_trace(prompt).rate * (gamma + 1),
         draft_token=1e-3 * measured["draft ms"] / max(gamma, 1),
         warmup=text.warmup / after.shape[0],

@@ -14,8 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
 _BLOCK = 1024
-# Looks at one flag, each a read over PCIe of a microsecond or more: 2 to 4 s.
-_MAX_POLLS = 2_500_000
+_LONGEST = 3_000_000  # microseconds of a wait
 
 
 @triton.jit
@@ -63,28 +62,25 @@ def _join_kernel(
     seen_ptr,
     waited_ptr,
     layer,
-    max_polls,
+    longest,
     THREADS: tl.constexpr,
     CLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first program waits for the CPU, up to `max_polls` looks, not at all if a wait has failed
-    before; the others wait for what it says behind `seen_ptr`."""
+    """The first program waits for the CPU, up to `longest` microseconds (looks, without CLOCK), not
+    at all if a wait has failed before; the others wait for what it says behind `seen_ptr`."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     total = tl.load(partial_ptr + offs, mask=mask)
     window = tl.load(window_ptr)
     if tl.program_id(0) == 0:
         begin = globaltimer() if CLOCK else 0
-        left = tl.where(_look(failed_ptr, THREADS) == 0, max_polls, 0)
+        limit = tl.where(_look(failed_ptr, THREADS) == 0, longest, 0)
         waited = 0
         done = _look(done_ptr + layer, THREADS)
-        while (done < window) & (left > 0):
-            left -= 1
-            waited += 1
+        while (done < window) & (waited < limit):
             done = _look(done_ptr + layer, THREADS)
-        if CLOCK and waited > 0:
-            waited = ((globaltimer() - begin) // 1000).to(tl.int32)
+            waited = ((globaltimer() - begin) // 1000).to(tl.int32) if CLOCK else waited + 1
         tl.store(waited_ptr + layer, waited)
         if done < window:
             tl.store(failed_ptr, 1)
@@ -127,17 +123,18 @@ def join(
     seen: Tensor,
     waited: Tensor,
     layer: int,
-    max_polls: int = _MAX_POLLS,
+    longest: int = _LONGEST,
 ) -> Tensor:
     """partial + rest in `dtype`, fp32 [T, H] each, rest in host memory once done[layer] >= window.
 
-    A wait that is too long sets `failed` and goes on. On the device: seen int32 [L], the last
-    window of each layer; waited int32 [L], microseconds (looks, in the interpreter).
+    A wait of more than `longest` microseconds sets `failed` and goes on. On the device: seen int32
+    [L], the last window of each layer; waited int32 [L], microseconds. The interpreter counts
+    looks.
     """
     y = torch.empty(partial.shape, dtype=dtype, device=partial.device)
     n = y.numel()
     _join_kernel[(triton.cdiv(n, _BLOCK),)](
-        partial.contiguous(), rest, y, n, done, failed, window, seen, waited, layer, max_polls,
+        partial.contiguous(), rest, y, n, done, failed, window, seen, waited, layer, longest,
         THREADS=128, CLOCK=partial.is_cuda, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return y

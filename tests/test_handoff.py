@@ -48,7 +48,7 @@ def test_join_adds_when_done_and_gives_up_when_not(device, dtype):
     y = join(partial, rest, dtype, *flags, seen, waited, 1).cpu()
     torch.testing.assert_close(y, wanted, rtol=0.01 * (dtype != torch.float32), atol=0)
     assert failed.item() == 0
-    join(partial, rest, dtype, *flags, seen, waited, 2, max_polls=50)
+    join(partial, rest, dtype, *flags, seen, waited, 2, longest=50)
     sync()
     assert failed.item() == 1
     join(partial, rest, dtype, *flags, seen, waited, 0)  # at once: nobody answers any more
