@@ -56,7 +56,7 @@ def test_the_worker_keeps_nothing(table):
     hidden, ids, weights = pairs()
 
     def once():
-        handoff = HandOff([table] * 2, T, K, torch.float32, CPU)
+        handoff = HandOff([table] * 2, T, K, torch.float32, torch.zeros(2, dtype=torch.int32))
         for _ in range(4):
             handoff.begin(T)
             for layer in range(2):
