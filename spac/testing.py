@@ -93,16 +93,17 @@ def interrupted(after: int) -> Iterator[Fault]:
     """KeyboardInterrupt, as of Ctrl-C, before a line of spac's that this thread runs meanwhile: the
     first `after` lines pass. It is raised; `hits` stays 0 if there were no more lines than that.
 
-    Lines that take or release a lock are left out: Python looks for signals after calls, so a real
-    one never comes between a block and the release of its lock.
+    Left out are lines that take or release a lock and those that a `finally` begins with: Python
+    looks for signals after calls, so a real one never comes between a block and what ends it.
     """
     state = Fault()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(_FOLDER):
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        if not file.startswith(_FOLDER):
             return None
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not _LOCK.match(line):
+        ends = linecache.getline(file, number - 1).strip() == "finally:"
+        if event == "line" and not ends and not _LOCK.match(linecache.getline(file, number)):
             state.calls += 1
             if state.calls == after + 1:
                 state.hits += 1
