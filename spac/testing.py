@@ -38,7 +38,7 @@ SEAMS = {
 }
 
 _FOLDER = str(Path(__file__).parent)
-_LOCK = re.compile(r"\s*with |.*\.release\(\)")
+_LOCK = re.compile(r"\s*(with |try:$)|.*\.release\(\)")  # a try follows where one is taken
 
 
 @dataclass
@@ -93,8 +93,9 @@ def interrupted(after: int) -> Iterator[Fault]:
     """KeyboardInterrupt, as of Ctrl-C, before a line of spac's that this thread runs meanwhile: the
     first `after` lines pass. It is raised; `hits` stays 0 if there were no more lines than that.
 
-    Left out are lines that take or release a lock and those that a `finally` begins with: Python
-    looks for signals after calls, so a real one never comes between a block and what ends it.
+    Left out are the first line of a `finally`, since Python looks for signals after calls, so that
+    a real one never comes between a block and what ends it; and lines that take or release a lock,
+    where a real one would have to meet the very instruction.
     """
     state = Fault()
 
