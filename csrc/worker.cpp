@@ -90,8 +90,8 @@ void worker_start(int64_t id) {
   find(id).worker->start();
 }
 
-void worker_begin(int64_t id, int64_t width, int64_t hook) {
-  find(id).worker->begin(width, current_threads(), reinterpret_cast<Worker::Hook>(hook));
+int64_t worker_begin(int64_t id, int64_t width, int64_t hook) {
+  return find(id).worker->begin(width, current_threads(), reinterpret_cast<Worker::Hook>(hook));
 }
 
 std::string worker_error(int64_t id) {
@@ -131,7 +131,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spac, m) {
       "bool eager) -> int");
   m.def("worker_add_layer(int worker, " SPAC_TABLE_SCHEMA ") -> ()");
   m.def("worker_start(int worker) -> ()");
-  m.def("worker_begin(int worker, int width, int hook) -> ()");
+  m.def("worker_begin(int worker, int width, int hook) -> int");
   m.def("worker_error(int worker) -> str");
   m.def("worker_stop(int worker) -> ()");
   m.def("wait_flag(Tensor flags, int index, int value, float seconds) -> bool");

@@ -49,12 +49,13 @@ class Worker {
     thread_ = without_signals([this] { serve(); });
   }
 
-  // The device is about to run the next window (counted from 1), of `width` rows.
-  void begin(int64_t width, int threads, Hook hook) {
+  // The device is about to run the next window, of `width` rows; returns its number, counted from 1.
+  uint32_t begin(int64_t width, int threads, Hook hook) {
     const uint32_t n = begun_.load(std::memory_order_relaxed) + 1;
     windows_[n % kWindows] = {width, threads, hook};
     begun_.store(n, std::memory_order_release);
     begun_.notify_one();
+    return n;
   }
 
   std::string error() const { return failed_.load(std::memory_order_acquire) ? error_ : ""; }

@@ -63,8 +63,8 @@ def grouped(model: PreTrainedModel) -> Iterator[None]:
     if config._attn_implementation != "sdpa":
         yield
         return
-    config._attn_implementation = _NAME
     try:
+        config._attn_implementation = _NAME
         yield
     finally:
         config._attn_implementation = "sdpa"

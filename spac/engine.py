@@ -15,8 +15,6 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -109,7 +107,7 @@ class Engine:
         self.cpu_seconds = 0.0  # in the CPU's FFN
         self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
         self.handoff: HandOff | None = None
-        self._by_flags = False
+        self.by_flags = False  # the layers called meanwhile hand over by flags (spac.handoff)
         # For settle: utility at the start of the window, and its ids.
         self._before: Tensor | None = None
         shape = num_layers, config.max_window, top_k
@@ -152,7 +150,7 @@ class Engine:
             self._forwarding.release()
 
     def _forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if self._by_flags and self.handoff is not None:
+        if self.by_flags and self.handoff is not None:
             return self._handed(layer, hidden, ids, weights, self.handoff)
         prefill = hidden.shape[0] > self.config.max_window
         if layer == 0 and not prefill:
@@ -249,15 +247,6 @@ class Engine:
         self.pool.publish()
         if not self._everything:
             self.handoff.begin(width)
-
-    @contextmanager
-    def by_flags(self) -> Iterator[None]:
-        """The layers called meanwhile hand over by flags; see `spac.handoff`."""
-        self._by_flags = True
-        try:
-            yield
-        finally:
-            self._by_flags = False
 
     def check(self) -> None:
         """After a window by flags: RuntimeError if the CPU side or the link failed."""

@@ -81,12 +81,12 @@ class HandOff:
 
     def begin(self, width: int) -> None:
         """A window of `width` rows: every layer sends and joins once, in order."""
-        self._count += 1
-        self._window.fill_(self._count)
         hook = ctypes.cast(self._hook, ctypes.c_void_p).value
-        torch.ops.spac.worker_begin(
+        # The worker counts, so that both agree on the number also after Ctrl-C in between.
+        self._count = torch.ops.spac.worker_begin(
             self._worker, width, hook if before_answer is not _untouched else 0
         )
+        self._window.fill_(self._count)
 
     def send(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Give the worker its pairs; returns at once."""

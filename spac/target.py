@@ -242,8 +242,11 @@ class StaticTarget:
     def _run(self, tokens: Tensor, flags: bool) -> Tensor:
         if self.engine is None or not flags:
             return self._forward(tokens)
-        with self.engine.by_flags():
+        try:  # no context manager: Ctrl-C may end one before its own `finally` is reached
+            self.engine.by_flags = True
             return self._forward(tokens)
+        finally:
+            self.engine.by_flags = False
 
     def _forward(self, tokens: Tensor, keep: int = 0) -> Tensor:
         positions = self._lengths[0] + self._places[: tokens.numel()]

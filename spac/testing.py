@@ -38,7 +38,7 @@ SEAMS = {
 }
 
 _FOLDER = str(Path(__file__).parent)
-_LOCK = re.compile(r"\s*with |.*\.release\(\)")
+_LOCK = re.compile(r"\s*(with |try:$)|.*\.release\(\)")  # a try follows where one is taken
 
 
 @dataclass
@@ -93,16 +93,18 @@ def interrupted(after: int) -> Iterator[Fault]:
     """KeyboardInterrupt, as of Ctrl-C, before a line of spac's that this thread runs meanwhile: the
     first `after` lines pass. It is raised; `hits` stays 0 if there were no more lines than that.
 
-    Lines that take or release a lock are left out: Python looks for signals after calls, so a real
-    one never comes between a block and the release of its lock.
+    Left out are the first line of a `finally`, since Python looks for signals after calls, so that
+    a real one never comes between a block and what ends it; and lines that take or release a lock,
+    where a real one would have to meet the very instruction.
     """
     state = Fault()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(_FOLDER):
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        if not file.startswith(_FOLDER):
             return None
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not _LOCK.match(line):
+        ends = linecache.getline(file, number - 1).strip() == "finally:"
+        if event == "line" and not ends and not _LOCK.match(linecache.getline(file, number)):
             state.calls += 1
             if state.calls == after + 1:
                 state.hits += 1

@@ -124,3 +124,18 @@ def test_settings_of_the_api_page():
         shown = f'"{default}"' if isinstance(default, str) else default
         assert re.search(rf"^\| `{name}` \| `?{shown}`? \|", page, re.M), name
     assert all(f"`{policy}`" in page for policy in POLICIES)
+
+
+ELSEWHERE = {"ensurepip is not available", "externally-managed-environment", "CUDA out of memory"}
+ELSEWHERE |= {"No module named 'spac.kernels'"}  # messages of others
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    sources = [path for path in (ROOT / "spac").glob("*.py")] + [ROOT / "Makefile"]
+    text = "\n".join(path.read_text() for path in sources)
+    text = re.sub(r'"\s*f?"', "", text)  # a message may stand on two lines
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for row in re.findall(r"^\| (`.*?) \|", page, re.M):
+        for message in set(re.findall(r"`(.+?)`", row)) - ELSEWHERE:
+            for part in re.split(r" ?\.\.\.,? ?| [NM] | M$|\(|^N ", message):
+                assert part.strip(" :)") in text, message

@@ -1,0 +1,106 @@
+"""Ctrl-C at (nearly) any line of spac: attach gives everything back, detach can be repeated, the
+next text is right."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+import spac
+from spac.attachment import attachment
+from spac.budget import bytes_for_ratio
+from spac.config import SpacConfig
+from spac.testing import interrupted
+
+PROMPT = torch.randint(0, 96, (1, 21), generator=torch.Generator().manual_seed(4))
+NEVER = 10**9
+
+
+@pytest.fixture(autouse=True)
+def solver():
+    pytest.importorskip("cvxpy")  # imported here, not while a test waits
+
+
+@pytest.fixture
+def small(tiny_moe):
+    return tiny_moe(num_hidden_layers=2, num_experts=4)
+
+
+def settings_and_budget(model, **settings):
+    settings = {"max_length": 128, "rebalance_every": 2} | settings
+    return settings, bytes_for_ratio(model, 0.5, SpacConfig(**settings))
+
+
+def text(model, new=24):
+    return spac.generate(model, PROMPT, draft="ngram", num_draft_tokens=3, max_new_tokens=new).cpu()
+
+
+def after_each(step, what):
+    """Interrupt `what()` before every `step`th line; goes on after each, until it comes through."""
+    for line in range(0, NEVER, step):
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+            what()
+        if not f.hits:
+            return
+        yield line
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def check_as_before(model, before, rounding=0):
+    assert attachment(model) is None
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("spac-")]
+    for name, p in model.named_parameters():
+        assert p.is_contiguous() and p.requires_grad, name
+        assert (p - before[name]).abs().max() <= rounding * before[name].abs().max(), name
+
+
+@pytest.mark.parametrize("form, rounding", [("float", 0), ("int8", 0.02)])
+def test_an_attach_leaves_the_model_as_it_was(small, form, rounding):
+    before = weights(small)
+    settings, budget = settings_and_budget(small, weights=form)
+    spac.detach(spac.attach(small, budget, **settings))  # measures what it costs, once
+    for _ in after_each(19, lambda: spac.attach(small, budget, **settings)):
+        check_as_before(small, before, rounding)
+    assert attachment(small) is not None
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_detach_can_be_repeated(small, static):
+    before = weights(small)
+    settings, budget = settings_and_budget(small, static_windows=static)
+
+    def attached():
+        spac.attach(small, budget, **settings)
+        text(small, 2)
+
+    attached()
+    for _ in after_each(9, lambda: spac.detach(small)):
+        if attachment(small) is not None:
+            spac.detach(small)
+        check_as_before(small, before)
+        attached()
+    check_as_before(small, before)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the layers of a static window are in a graph"
+)
+@pytest.mark.parametrize("way", [{}, {"static_windows": True}, {"stream_missing": True}], ids=str)
+def test_the_next_text_is_right(tiny_moe, way):
+    """The prompt is longer than max_window: where the link is used, it exchanges slots."""
+    model = tiny_moe()
+    expected = model.generate(PROMPT, max_new_tokens=24, do_sample=False)
+    settings, budget = settings_and_budget(model, max_window=8, **way)
+    stops = [NEVER]
+    for stop in stops:
+        spac.attach(model, budget, **settings)
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=stop) as f:
+            text(model)
+        if not f.hits:  # the first time: now it is known how many lines there are
+            stops += range(0, f.calls, f.calls // 12)
+        assert torch.equal(text(model), expected), stop
+        spac.detach(model)
