@@ -67,26 +67,26 @@ void pack(const void* x, DType x_dtype, const int32_t* token, int count, int64_t
 template <class W>
 inline constexpr int STEP_BYTES = STEP * sizeof(W);
 
-// One block of tokens: every row is read once, in halves; what is used next is fetched meanwhile.
+// One block of tokens. Every row is read once, in R streams of `run` consecutive rows, since a stream
+// from memory becomes fast only after some KB; the first rows of the next ones are fetched meanwhile.
 template <class W, int N>
 void stream_rows(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
                  float* out, int64_t out_stride) {
   constexpr int R = tile_rows(N);
-  int r = 0;
-  for (; r + R <= rows; r += R) {
-    const W* ahead = r + 2 * R <= rows || !next ? w + (r + R) * w_stride : next;
-    const int64_t k_half = padded((k + 1) / 2);
-    V sums[R * N];
-    for (int64_t k0 = 0; k0 < k; k0 += k_half) {
-      const W* from = w + r * w_stride + k0;
-      const bool last = k0 + k_half >= k;
-      row_tile<W, R, N, R, STEP_BYTES<W>>(
-          from, w_stride, x + k0 * N, last ? k - k0 : k_half,
-          reinterpret_cast<const char*>(last ? ahead : from + k_half), w_stride * sizeof(W),
-          reinterpret_cast<float*>(sums), k0 == 0, last, out + r, out_stride);
-    }
+  const int run = rows / R;
+  const int64_t stride = run * w_stride;
+  for (int r = 0; r < run; ++r) {
+    const W* const from = w + r * w_stride;
+    float sums[R * N];
+    if (r + 1 < run || !next)
+      row_tile<W, R, N, 0, 0>(from, stride, x, k, nullptr, 0, nullptr, true, true, sums, R);
+    else
+      row_tile<W, R, N, R, STEP_BYTES<W>>(from, stride, x, k, reinterpret_cast<const char*>(next),
+                                          stride * sizeof(W), nullptr, true, true, sums, R);
+    for (int n = 0; n < N; ++n)
+      for (int i = 0; i < R; ++i) out[n * out_stride + i * run + r] = sums[n * R + i];
   }
-  for (; r < rows; ++r)
+  for (int r = R * run; r < rows; ++r)
     row_tile<W, 1, N, 0, 0>(w + r * w_stride, w_stride, x, k, nullptr, 0, nullptr, true, true,
                             out + r, out_stride);
 }
