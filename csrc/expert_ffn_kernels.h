@@ -67,22 +67,45 @@ void pack(const void* x, DType x_dtype, const int32_t* token, int count, int64_t
 template <class W>
 inline constexpr int STEP_BYTES = STEP * sizeof(W);
 
-// One block of tokens. Every row is read once, in R streams of `run` consecutive rows, since a stream
-// from memory becomes fast only after some KB; the first rows of the next ones are fetched meanwhile.
+// One block of tokens: every row is read once, in halves; what is used next is fetched meanwhile.
 template <class W, int N>
-void stream_rows(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
-                 float* out, int64_t out_stride) {
+void stream_halves(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
+                   float* out, int64_t out_stride) {
   constexpr int R = tile_rows(N);
+  int r = 0;
+  for (; r + R <= rows; r += R) {
+    const W* ahead = r + 2 * R <= rows || !next ? w + (r + R) * w_stride : next;
+    const int64_t k_half = padded((k + 1) / 2);
+    V sums[R * N];
+    for (int64_t k0 = 0; k0 < k; k0 += k_half) {
+      const W* from = w + r * w_stride + k0;
+      const bool last = k0 + k_half >= k;
+      row_tile<W, R, N, R, STEP_BYTES<W>>(
+          from, w_stride, x + k0 * N, last ? k - k0 : k_half,
+          reinterpret_cast<const char*>(last ? ahead : from + k_half), w_stride * sizeof(W),
+          reinterpret_cast<float*>(sums), k0 == 0, last, out + r, out_stride);
+    }
+  }
+  for (; r < rows; ++r)
+    row_tile<W, 1, N, 0, 0>(w + r * w_stride, w_stride, x, k, nullptr, 0, nullptr, true, true,
+                            out + r, out_stride);
+}
+
+// One block of tokens, where the ISA has LONG_STREAMS: R streams of `run` consecutive rows each. Some
+// way ahead is fetched, in the end where the next streams begin.
+template <class W, int N>
+void stream_runs(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
+                 float* out, int64_t out_stride) {
+  constexpr int R = tile_rows(N), AHEAD = 256;
   const int run = rows / R;
   const int64_t stride = run * w_stride;
   for (int r = 0; r < run; ++r) {
     const W* const from = w + r * w_stride;
-    float sums[R * N];
-    if (r + 1 < run || !next)
-      row_tile<W, R, N, 0, 0>(from, stride, x, k, nullptr, 0, nullptr, true, true, sums, R);
-    else
-      row_tile<W, R, N, R, STEP_BYTES<W>>(from, stride, x, k, reinterpret_cast<const char*>(next),
-                                          stride * sizeof(W), nullptr, true, true, sums, R);
+    const char* const ahead = r + 1 < run || !next ? reinterpret_cast<const char*>(from) + AHEAD
+                                                   : reinterpret_cast<const char*>(next);
+    float sums[N * R];
+    row_tile<W, R, N, R, STEP_BYTES<W>>(from, stride, x, k, ahead, stride * sizeof(W), nullptr,
+                                        true, true, sums, R);
     for (int n = 0; n < N; ++n)
       for (int i = 0; i < R; ++i) out[n * out_stride + i * run + r] = sums[n * R + i];
   }
@@ -95,7 +118,10 @@ template <class W, int N = STREAM_MOST>
 void stream(int tokens, const W* w, int64_t w_stride, int rows, int64_t k, const float* x,
             const W* next, float* out, int64_t out_stride) {
   if constexpr (N > 0) {
-    if (tokens == N) return stream_rows<W, N>(w, w_stride, rows, k, x, next, out, out_stride);
+    if (tokens == N) {
+      constexpr auto rows_of = LONG_STREAMS ? stream_runs<W, N> : stream_halves<W, N>;
+      return rows_of(w, w_stride, rows, k, x, next, out, out_stride);
+    }
     stream<W, N - 1>(tokens, w, w_stride, rows, k, x, next, out, out_stride);
   }
 }

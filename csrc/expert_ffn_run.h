@@ -231,7 +231,7 @@ class ExpertFfn {
   }
 
   enum { kPack, kGateUp, kDown };
-  static constexpr int64_t kStreamRows = 8, kUnitsAtOnce = 4;
+  static constexpr int64_t kStreamRows = 8, kUnitsAtOnce = 16;
   static constexpr int64_t kWorthAThread = 16384;  // multiply-adds that last as long as a wake-up
 
   std::mutex mutex_;

@@ -1,6 +1,7 @@
 // Eight floats with AVX2, FMA and F16C; the contract is in simd_portable.h.
 inline constexpr int VL = 8;
 inline constexpr int ACCUMULATORS = 12;
+inline constexpr bool LONG_STREAMS = true;
 inline constexpr int STREAM_TOKENS = 6;
 inline constexpr int BLOCK_TOKENS = 3;
 inline constexpr int DIRECT_TOKENS = 9;

@@ -2,6 +2,7 @@
 // Included inside a namespace, hence no #pragma once. Every ISA header provides:
 //   V, VI            a vector of VL floats, of VL int32
 //   ACCUMULATORS     registers that a tile may use for sums
+//   LONG_STREAMS     few tokens: four streams of whole rows, not up to eight of halves
 //   STREAM_TOKENS    widest token block that reads weight rows as they lie
 //   BLOCK_TOKENS     tokens per block for more; DIRECT_TOKENS, from where rows are unpacked
 //   BLOCK_K          columns of a slice, so that a block and some rows fit the L1 cache
@@ -11,6 +12,7 @@
 //   sum4             out[i] = sum of the lanes of the i-th argument, in one fixed order
 inline constexpr int VL = 4;
 inline constexpr int ACCUMULATORS = 12;
+inline constexpr bool LONG_STREAMS = false;
 inline constexpr int STREAM_TOKENS = 3;
 inline constexpr int BLOCK_TOKENS = 3;
 inline constexpr int DIRECT_TOKENS = 12;
