@@ -321,7 +321,7 @@ void down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
 
 #ifdef SPAC_DENSE
 inline constexpr ExpertKernels dense_kernels = {
-    STREAM_MOST, TILE, DENSE_ROWS, DENSE_FREE, PAD, pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
+    STREAM_MOST, TILE, DENSE_ROWS, DENSE_FREE, padded, false, pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
 
 const ExpertKernels& expert_kernels(DType weights, DType x) {
   return weights == DType::bf16 ? dense_kernels : avx512::expert_kernels(weights, x);
@@ -329,6 +329,6 @@ const ExpertKernels& expert_kernels(DType weights, DType x) {
 #else
 template <class W>
 inline constexpr ExpertKernels kernels = {
-    STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, 2 * STREAM_TOKENS, PAD, pack<W>, gate_up<W>, down<W>,
-    scratch};
+    STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, 2 * STREAM_TOKENS, padded, false, pack<W>, gate_up<W>,
+    down<W>, scratch};
 #endif
