@@ -1,8 +1,6 @@
 // The microkernels behind `ExpertKernels`. Included per ISA inside its namespace, after
 // expert_ffn_tile.h, hence no #pragma once. With SPAC_DENSE, experts of many tokens take matrix tiles
 // instead of blocks.
-inline constexpr int PANEL_ROWS = 8;  // a multiple of 4
-
 #ifdef SPAC_DENSE
 inline constexpr int PAD = TILE_K;  // a multiple of STEP
 #else
@@ -192,6 +190,47 @@ void block_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group& 
   }
 }
 
+// The same without a panel, for an ISA whose tiles convert weights at no cost: tiles of DIRECT_ROWS
+// rows, and each block of tokens stays in the L1 cache while it meets all rows.
+template <class W>
+void direct_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group,
+                 const float* x, const W* next, float* out, int64_t out_stride, float* partial) {
+  constexpr int R = DIRECT_ROWS;
+  // Of the rows that come next, each block fetches some: all at once would be waited for.
+  const int fetched = group.num_blocks > 2 ? 1 : 2;
+  const int64_t k_padded = padded(k), slices = (k + BLOCK_K - 1) / BLOCK_K;
+  const int64_t width = padded((k + slices - 1) / slices), row_bytes = w_stride * sizeof(W);
+  for (int64_t k0 = 0; k0 < k; k0 += width) {
+    const int64_t some = k - k0 < width ? k - k0 : width;
+    const bool first = k0 == 0, last = k0 + width >= k;
+    const char* const after = reinterpret_cast<const char*>(last ? next : w + k0 + width);
+    for (int b = 0; b < group.num_blocks; ++b) {
+      const Block block = group.blocks[b];
+      const float* const xb = x + block.first * k_padded + k0 * block.count;
+      float* sums = partial + block.first * PANEL_ROWS * VL;
+      float* const to = out + block.first * out_stride;
+      int r = 0;
+      for (; r + R <= rows; r += R, sums += block.count * R * VL) {
+        const W* const from = w + r * w_stride + k0;
+        const char* const ahead = after ? after + (r + b * fetched) * row_bytes : nullptr;
+        const auto tile = [&](auto P) {
+          block_tile<W, R, P, STEP_BYTES<W>>(block.count, from, w_stride, xb, some, ahead,
+                                             row_bytes, sums, first, last, to + r, out_stride);
+        };
+        if (!after || b * fetched >= R)
+          tile(std::integral_constant<int, 0>{});
+        else if (fetched == 1)
+          tile(std::integral_constant<int, 1>{});
+        else
+          tile(std::integral_constant<int, 2>{});
+      }
+      for (; r < rows; ++r, sums += block.count * VL)
+        block_tile<W, 1, 0, 0>(block.count, w + r * w_stride + k0, w_stride, xb, some, nullptr, 0,
+                               sums, first, last, to + r, out_stride);
+    }
+  }
+}
+
 template <class W>
 void rows_dot(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group, const float* x,
               const W* next, float* out, int64_t out_stride, float* scratch) {
@@ -200,8 +239,9 @@ void rows_dot(const W* w, int64_t w_stride, int rows, int64_t k, const Group& gr
   for (int r = 0; r < rows; r += PANEL_ROWS) {
     const W* from = w + r * w_stride;
     const bool more = rows - r > PANEL_ROWS;
-    block_rows<W>(from, w_stride, more ? PANEL_ROWS : rows - r, k, group, x,
-                  more ? from + PANEL_ROWS * w_stride : next, out + r, out_stride, scratch);
+    constexpr auto rows_of = DIRECT_ROWS ? direct_rows<W> : block_rows<W>;
+    rows_of(from, w_stride, more ? PANEL_ROWS : rows - r, k, group, x,
+            more ? from + PANEL_ROWS * w_stride : next, out + r, out_stride, scratch);
   }
 }
 

@@ -15,6 +15,8 @@ inline constexpr int ACCUMULATORS = 12;
 inline constexpr bool LONG_STREAMS = false;
 inline constexpr int STREAM_TOKENS = 3;
 inline constexpr int BLOCK_TOKENS = 3;
+inline constexpr int PANEL_ROWS = 8;  // a multiple of 4
+inline constexpr int DIRECT_ROWS = 0;
 inline constexpr int DIRECT_TOKENS = 12;
 inline constexpr int BLOCK_K = 256;
 typedef float V __attribute__((vector_size(16)));
