@@ -1,13 +1,16 @@
-// The microkernels for int8 and int4 weights where two products of 16 bits are added in one instruction
-// (AVX2): weights are widened to 16 bits, and tokens are packed in blocks of 256 elements to integers of
-// 15 bits and a sign beside the largest of the block, which holds bf16 and fp16. For fp32 a token is two
-// such planes, the second what the first leaves. Sums of a block are exact.
+// The microkernels for int8 and int4 weights where one instruction multiplies 16 bits and adds two
+// products (AVX2): weights are widened to 16 bits, tokens are packed, in blocks of 256 elements, to
+// integers of 15 bits and a sign beside the largest of the block: they are off by at most 2^-15 of
+// it. An fp32 token is two such planes, the second what the first leaves. A block's sums are exact.
 // Included after expert_ffn_kernels.h, hence no #pragma once.
-inline constexpr int INT_BLOCK = 256, INT_ROWS = 4, INT_PLANES = 4, INT_TOGETHER = 16;
+inline constexpr int INT_BLOCK = 256;
+inline constexpr int INT_PLANES = 4;     // of tokens, in a tile
+inline constexpr int INT_ROWS = 4;       // of weights, in a tile: streams from memory
+inline constexpr int INT_TOGETHER = 16;  // rows that several blocks of tokens share in the cache
 
 struct IntBlock {
   int16_t x[INT_BLOCK];  // in the order in which the weights are widened
-  float minus[VL];       // int4: -8 times the sums of 32 elements, because weights are stored as q + 8
+  float minus[VL];  // int4: -8 times the sums of 32 elements, for weights are stored as q + 8
   float scale;
   float unused[VL - 1];
 };
@@ -123,8 +126,8 @@ struct Int4 {
       constexpr int i = index;
       const V s = _mm256_permute_ps(all, i * 0x55);
       const __m256i v = load_int(w + 32 * i), ones = _mm256_set1_epi16(15);
-      const __m256i q[4] = {v & ones, _mm256_srli_epi16(v, 4) & ones, _mm256_srli_epi16(v, 8) & ones,
-                            _mm256_srli_epi16(v, 12)};
+      const __m256i q[4] = {v & ones, _mm256_srli_epi16(v, 4) & ones,
+                            _mm256_srli_epi16(v, 8) & ones, _mm256_srli_epi16(v, 12)};
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         const int16_t* const xn = x[n].x + 64 * i;
@@ -145,8 +148,8 @@ struct Int4 {
 
 // ---- tokens
 
-// The power of two that brings elements of at most `most` (its bits) to 15 bits; NaN if they are not
-// finite, 0 if they are below 2^-95.
+// The power of two that brings elements of at most `most` (its bits) to 15 bits; NaN if they are
+// not finite, 0 if they are below 2^-95.
 inline float int_scale(uint32_t most) {
   const uint32_t exponent = most >> 23;
   if (exponent == 255) return from_bits(0x7fc00000);

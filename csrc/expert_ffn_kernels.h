@@ -89,8 +89,8 @@ void stream_halves(const W* w, int64_t w_stride, int rows, int64_t k, const floa
                             out + r, out_stride);
 }
 
-// One block of tokens, where the ISA has LONG_STREAMS: R streams of `run` consecutive rows each. Some
-// way ahead is fetched, in the end where the next streams begin.
+// One block of tokens, where the ISA has LONG_STREAMS: R streams of `run` consecutive rows each.
+// Some way ahead is fetched, in the end where the next streams begin.
 template <class W, int N>
 void stream_runs(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
                  float* out, int64_t out_stride) {
@@ -117,8 +117,10 @@ void stream(int tokens, const W* w, int64_t w_stride, int rows, int64_t k, const
             const W* next, float* out, int64_t out_stride) {
   if constexpr (N > 0) {
     if (tokens == N) {
-      constexpr auto rows_of = LONG_STREAMS ? stream_runs<W, N> : stream_halves<W, N>;
-      return rows_of(w, w_stride, rows, k, x, next, out, out_stride);
+      if constexpr (LONG_STREAMS)
+        return stream_runs<W, N>(w, w_stride, rows, k, x, next, out, out_stride);
+      else
+        return stream_halves<W, N>(w, w_stride, rows, k, x, next, out, out_stride);
     }
     stream<W, N - 1>(tokens, w, w_stride, rows, k, x, next, out, out_stride);
   }
@@ -239,14 +241,17 @@ void rows_dot(const W* w, int64_t w_stride, int rows, int64_t k, const Group& gr
   for (int r = 0; r < rows; r += PANEL_ROWS) {
     const W* from = w + r * w_stride;
     const bool more = rows - r > PANEL_ROWS;
-    constexpr auto rows_of = DIRECT_ROWS ? direct_rows<W> : block_rows<W>;
-    rows_of(from, w_stride, more ? PANEL_ROWS : rows - r, k, group, x,
-            more ? from + PANEL_ROWS * w_stride : next, out + r, out_stride, scratch);
+    const W* const then = more ? from + PANEL_ROWS * w_stride : next;
+    const int some = more ? PANEL_ROWS : rows - r;
+    if constexpr (DIRECT_ROWS > 0)
+      direct_rows<W>(from, w_stride, some, k, group, x, then, out + r, out_stride, scratch);
+    else
+      block_rows<W>(from, w_stride, some, k, group, x, then, out + r, out_stride, scratch);
   }
 }
 
 inline size_t dot_scratch(int64_t pairs) {
-  return PANEL_ROWS * (BLOCK_K + pairs * VL);
+  return PANEL_ROWS * ((DIRECT_ROWS > 0 ? 0 : BLOCK_K) + pairs * VL);
 }
 inline int64_t row_stride(int64_t rows) {
   return (rows + VL - 1) / VL * VL;
@@ -361,7 +366,8 @@ void down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
 
 #ifdef SPAC_DENSE
 inline constexpr ExpertKernels dense_kernels = {
-    STREAM_MOST, TILE, DENSE_ROWS, DENSE_FREE, padded, false, pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
+    STREAM_MOST, TILE,       DENSE_ROWS,    DENSE_FREE, padded,
+    false,       pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
 
 const ExpertKernels& expert_kernels(DType weights, DType x) {
   return weights == DType::bf16 ? dense_kernels : avx512::expert_kernels(weights, x);

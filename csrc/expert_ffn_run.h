@@ -1,7 +1,7 @@
-// The driver: groups the pairs by expert and hands rows to threads, in passes: pack the tokens, then
-// gate and up, then, for some kernels, pack what comes out, then down. An output element is always
-// computed by one thread in one order (experts ascending), so the result does not depend on the number
-// of threads or on who computes what.
+// The driver: groups the pairs by expert and hands rows to threads, in passes: pack the tokens,
+// then gate and up, then, for some kernels, pack what comes out, then down. An output element is
+// always computed by one thread in one order (experts ascending), so the result does not depend on
+// the number of threads or on who computes what.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -92,8 +92,9 @@ class ExpertFfn {
     int64_t most = 0;
     for (const Expert& e : experts_) most = std::max<int64_t>(most, e.group.pairs);
     const int64_t down_rows = most > kernels.stream_tokens ? kernels.panel_rows : kStreamRows;
-    const int64_t most_rows = kUnitsAtOnce * std::max<int64_t>(kStreamRows, kernels.panel_rows);
-    const int64_t scratch = padded(kernels.scratch(most_rows, most) + (t1 - t0) * most_rows, 16);
+    const auto at_once = static_cast<uint32_t>(kRowsAtOnce / down_rows);
+    const int64_t scratch =
+        padded(kernels.scratch(kRowsAtOnce, most) + (t1 - t0) * kRowsAtOnce, 16);
     threads = std::min<int64_t>(threads, 1 + 3 * H * I * pairs / kWorthAThread);
     split_work(kernels, threads, I, (H + down_rows - 1) / down_rows);
 
@@ -115,7 +116,7 @@ class ExpertFfn {
 
     pool_.run(threads, [&](int thread, int n) {
       float* const mine = scratches + scratch * thread;
-      split_.run(kPack, thread, n, kUnitsAtOnce, [&](int32_t begin, int32_t end, int32_t) {
+      split_.run(kPack, thread, n, at_once, [&](int32_t begin, int32_t end, int32_t) {
         for (; begin < end; ++begin) {
           const Packing some = packing_[begin];
           kernels.pack(call.x, call.x_dtype, token_.data() + some.first, some.count, H,
@@ -124,7 +125,7 @@ class ExpertFfn {
       });
       split_.wait(kPack);
       int32_t at = 0;  // units come nearly in order, and so do their experts
-      split_.run(kGateUp, thread, n, kUnitsAtOnce, [&](int32_t begin, int32_t end, int32_t then) {
+      split_.run(kGateUp, thread, n, at_once, [&](int32_t begin, int32_t end, int32_t then) {
         while (begin < experts_[at].unit) --at;
         while (begin < end) {
           while (begin >= experts_[at].end) ++at;
@@ -146,7 +147,7 @@ class ExpertFfn {
       });
       split_.wait(kGateUp);
       if (kernels.pack_h) {
-        split_.run(kPackH, thread, n, kUnitsAtOnce, [&](int32_t begin, int32_t end, int32_t) {
+        split_.run(kPackH, thread, n, at_once, [&](int32_t begin, int32_t end, int32_t) {
           for (; begin < end; ++begin) {
             const Packing some = packing_[begin];
             kernels.pack(plain + some.first * I, DType::f32, order_.data(), some.count, I,
@@ -155,10 +156,10 @@ class ExpertFfn {
         });
         split_.wait(kPackH);
       }
-      float* const sums = mine + scratch - (t1 - t0) * most_rows;
-      split_.run(kDown, thread, n, kUnitsAtOnce, [&](int32_t first, int32_t last, int32_t then) {
+      float* const sums = mine + scratch - (t1 - t0) * kRowsAtOnce;
+      split_.run(kDown, thread, n, at_once, [&](int32_t first, int32_t last, int32_t then) {
         const int64_t begin = first * down_rows, end = std::min(H, last * down_rows);
-        std::fill(sums, sums + (t1 - t0) * most_rows, 0.0f);
+        std::fill(sums, sums + (t1 - t0) * kRowsAtOnce, 0.0f);
         for (size_t j = 0; j < experts_.size(); ++j) {
           const Expert& e = experts_[j];
           const bool more = j + 1 < experts_.size();
@@ -166,11 +167,11 @@ class ExpertFfn {
                                                       (more ? first : then) * down_bytes)
                                                 : nullptr;
           kernels.down(call.shape, e.weights, begin, end, e.group, h + e.first * h_mid,
-                       local_.data() + e.first, weight_.data() + e.first, sums, most_rows, mine,
+                       local_.data() + e.first, weight_.data() + e.first, sums, kRowsAtOnce, mine,
                        ahead);
         }
         for (int64_t t = t0; t < t1; ++t)
-          std::copy_n(sums + (t - t0) * most_rows, end - begin, call.y + t * H + begin);
+          std::copy_n(sums + (t - t0) * kRowsAtOnce, end - begin, call.y + t * H + begin);
       });
       if (thread == 0) split_.wait(kDown);
     });
@@ -248,7 +249,7 @@ class ExpertFfn {
   }
 
   enum { kPack, kGateUp, kPackH, kDown };
-  static constexpr int64_t kStreamRows = 8, kUnitsAtOnce = 16;
+  static constexpr int64_t kStreamRows = 8, kRowsAtOnce = 256;
   static constexpr int64_t kWorthAThread = 16384;  // multiply-adds that last as long as a wake-up
 
   std::mutex mutex_;

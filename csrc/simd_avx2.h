@@ -39,8 +39,8 @@ template <int h>
 inline V half(const float* p) {
   return load(p + h * VL);
 }
-// Even weights in half 0, odd ones in half 1: one instruction each, the activations follow suit. The
-// mask comes from memory: in a register, it would be one too many beside a tile's 16.
+// Even weights in half 0, odd ones in half 1: one instruction each, the activations follow suit.
+// The mask comes from memory: in a register, it would be one too many beside a tile's 16.
 alignas(32) inline constexpr uint32_t ODD[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
                                                 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
 template <int h>
