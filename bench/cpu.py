@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spac import _C, reference  # noqa: F401  (_C loads the operators)
+from spac.bench import llama
 from spac.bench.report import Table
 from spac.layout import ExpertLayout, ExpertTable
 from spac.ops import expert_ffn_table
@@ -174,6 +175,10 @@ def providers(
             calls["transformers grouped_mm"] = weights.grouped_mm()
         except ImportError as error:
             notes.append(f"transformers grouped_mm: not available here: {error}")
+        try:
+            calls["llama.cpp"] = llama.Experts(weights.gate_up, weights.down)
+        except ImportError as error:
+            notes.append(f"llama.cpp: not available here: {error}")
     E, H = weights.layout.num_experts, weights.layout.hidden
     x = torch.randn(3, H, dtype=weights.layout.dtype)
     ids = torch.stack([torch.randperm(E)[: min(4, E)] for _ in range(3)])

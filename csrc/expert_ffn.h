@@ -80,8 +80,8 @@ struct Block {
 };
 
 // Token rows ("x" of a projection with K inputs) are packed per block as [K / 2VL][2][count][VL]
-// floats, zero past K; which elements half 0 and half 1 hold depends on the weight dtype. A block
-// starts at float `first * padded_k`.
+// floats, zero past K; which elements half 0 and half 1 hold depends on the weight dtype. Other kernels
+// pack integers. A block starts at float `first * packed(K)`.
 struct Group {
   const Block* blocks;
   int32_t num_blocks;
@@ -96,13 +96,14 @@ struct ExpertKernels {
   int block_tokens;   // widest block beyond that
   int panel_rows;     // rows taken together then, a multiple of 8
   int free_tokens;    // pairs of an expert that cost no more than its bytes
-  int step;           // padded_k is a multiple of this
+  int64_t (*packed)(int64_t k);  // floats of a packed token of k elements
+  bool pack_h;  // h is written as it is, [pairs, intermediate], and then packed as x is
 
   // Packs rows token[0..count) of x [*, k] into one block.
   void (*pack)(const void* x, DType x_dtype, const int32_t* token, int count, int64_t k,
                float* out);
 
-  // h[:, begin..end) = act(gate @ x) * up @ x, written in packed form. `next` is the first weight
+  // h[:, begin..end) = act(gate @ x) * up @ x, in packed form or, with pack_h, as it is. `next` is the first weight
   // row that this thread will want afterwards (a prefetch hint, may be null).
   void (*gate_up)(const FfnShape&, const ExpertWeights&, int64_t begin, int64_t end, const Group&,
                   const float* x, float* h, float* scratch, const void* next);

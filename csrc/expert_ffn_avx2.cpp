@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -12,8 +13,7 @@ namespace spac::avx2 {
 #include "activation.h"
 #include "expert_ffn_tile.h"
 #include "expert_ffn_kernels.h"
-#include "int4_avx2.h"
-#include "expert_ffn_int4.h"
+#include "expert_ffn_int16.h"
 #include "peak.h"
 }  // namespace spac::avx2
 SPAC_TARGET_END

@@ -201,8 +201,8 @@ void int4_down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t
 
 template <int P, int G>
 inline constexpr ExpertKernels int4_kernels = {
-    INT4_TOKENS, INT4_TOKENS, 16, INT4_TOKENS, INT4_STEP, int4_pack<P>, int4_gate_up<P, G>, int4_down<P, G>,
-    scratch};
+    INT4_TOKENS, INT4_TOKENS, 16, INT4_TOKENS, int4_padded, false, int4_pack<P>, int4_gate_up<P, G>,
+    int4_down<P, G>, scratch};
 
 inline const ExpertKernels& int4_kernels_for(DType weights, DType x) {
   const bool wide = x == DType::f32;

@@ -1,8 +1,6 @@
 // The microkernels behind `ExpertKernels`. Included per ISA inside its namespace, after
 // expert_ffn_tile.h, hence no #pragma once. With SPAC_DENSE, experts of many tokens take matrix tiles
 // instead of blocks.
-inline constexpr int PANEL_ROWS = 8;  // a multiple of 4
-
 #ifdef SPAC_DENSE
 inline constexpr int PAD = TILE_K;  // a multiple of STEP
 #else
@@ -69,8 +67,8 @@ inline constexpr int STEP_BYTES = STEP * sizeof(W);
 
 // One block of tokens: every row is read once, in halves; what is used next is fetched meanwhile.
 template <class W, int N>
-void stream_rows(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
-                 float* out, int64_t out_stride) {
+void stream_halves(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
+                   float* out, int64_t out_stride) {
   constexpr int R = tile_rows(N);
   int r = 0;
   for (; r + R <= rows; r += R) {
@@ -91,11 +89,39 @@ void stream_rows(const W* w, int64_t w_stride, int rows, int64_t k, const float*
                             out + r, out_stride);
 }
 
+// One block of tokens, where the ISA has LONG_STREAMS: R streams of `run` consecutive rows each.
+// Some way ahead is fetched, in the end where the next streams begin.
+template <class W, int N>
+void stream_runs(const W* w, int64_t w_stride, int rows, int64_t k, const float* x, const W* next,
+                 float* out, int64_t out_stride) {
+  constexpr int R = tile_rows(N), AHEAD = 256;
+  const int run = rows / R;
+  const int64_t stride = run * w_stride;
+  for (int r = 0; r < run; ++r) {
+    const W* const from = w + r * w_stride;
+    const char* const ahead = r + 1 < run || !next ? reinterpret_cast<const char*>(from) + AHEAD
+                                                   : reinterpret_cast<const char*>(next);
+    float sums[N * R];
+    row_tile<W, R, N, R, STEP_BYTES<W>>(from, stride, x, k, ahead, stride * sizeof(W), nullptr,
+                                        true, true, sums, R);
+    for (int n = 0; n < N; ++n)
+      for (int i = 0; i < R; ++i) out[n * out_stride + i * run + r] = sums[n * R + i];
+  }
+  for (int r = R * run; r < rows; ++r)
+    row_tile<W, 1, N, 0, 0>(w + r * w_stride, w_stride, x, k, nullptr, 0, nullptr, true, true,
+                            out + r, out_stride);
+}
+
 template <class W, int N = STREAM_MOST>
 void stream(int tokens, const W* w, int64_t w_stride, int rows, int64_t k, const float* x,
             const W* next, float* out, int64_t out_stride) {
   if constexpr (N > 0) {
-    if (tokens == N) return stream_rows<W, N>(w, w_stride, rows, k, x, next, out, out_stride);
+    if (tokens == N) {
+      if constexpr (LONG_STREAMS)
+        return stream_runs<W, N>(w, w_stride, rows, k, x, next, out, out_stride);
+      else
+        return stream_halves<W, N>(w, w_stride, rows, k, x, next, out, out_stride);
+    }
     stream<W, N - 1>(tokens, w, w_stride, rows, k, x, next, out, out_stride);
   }
 }
@@ -166,6 +192,47 @@ void block_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group& 
   }
 }
 
+// The same without a panel, for an ISA whose tiles convert weights at no cost: tiles of DIRECT_ROWS
+// rows, and each block of tokens stays in the L1 cache while it meets all rows.
+template <class W>
+void direct_rows(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group,
+                 const float* x, const W* next, float* out, int64_t out_stride, float* partial) {
+  constexpr int R = DIRECT_ROWS;
+  // Of the rows that come next, each block fetches some: all at once would be waited for.
+  const int fetched = group.num_blocks > 2 ? 1 : 2;
+  const int64_t k_padded = padded(k), slices = (k + BLOCK_K - 1) / BLOCK_K;
+  const int64_t width = padded((k + slices - 1) / slices), row_bytes = w_stride * sizeof(W);
+  for (int64_t k0 = 0; k0 < k; k0 += width) {
+    const int64_t some = k - k0 < width ? k - k0 : width;
+    const bool first = k0 == 0, last = k0 + width >= k;
+    const char* const after = reinterpret_cast<const char*>(last ? next : w + k0 + width);
+    for (int b = 0; b < group.num_blocks; ++b) {
+      const Block block = group.blocks[b];
+      const float* const xb = x + block.first * k_padded + k0 * block.count;
+      float* sums = partial + block.first * PANEL_ROWS * VL;
+      float* const to = out + block.first * out_stride;
+      int r = 0;
+      for (; r + R <= rows; r += R, sums += block.count * R * VL) {
+        const W* const from = w + r * w_stride + k0;
+        const char* const ahead = after ? after + (r + b * fetched) * row_bytes : nullptr;
+        const auto tile = [&](auto P) {
+          block_tile<W, R, P, STEP_BYTES<W>>(block.count, from, w_stride, xb, some, ahead,
+                                             row_bytes, sums, first, last, to + r, out_stride);
+        };
+        if (!after || b * fetched >= R)
+          tile(std::integral_constant<int, 0>{});
+        else if (fetched == 1)
+          tile(std::integral_constant<int, 1>{});
+        else
+          tile(std::integral_constant<int, 2>{});
+      }
+      for (; r < rows; ++r, sums += block.count * VL)
+        block_tile<W, 1, 0, 0>(block.count, w + r * w_stride + k0, w_stride, xb, some, nullptr, 0,
+                               sums, first, last, to + r, out_stride);
+    }
+  }
+}
+
 template <class W>
 void rows_dot(const W* w, int64_t w_stride, int rows, int64_t k, const Group& group, const float* x,
               const W* next, float* out, int64_t out_stride, float* scratch) {
@@ -174,13 +241,17 @@ void rows_dot(const W* w, int64_t w_stride, int rows, int64_t k, const Group& gr
   for (int r = 0; r < rows; r += PANEL_ROWS) {
     const W* from = w + r * w_stride;
     const bool more = rows - r > PANEL_ROWS;
-    block_rows<W>(from, w_stride, more ? PANEL_ROWS : rows - r, k, group, x,
-                  more ? from + PANEL_ROWS * w_stride : next, out + r, out_stride, scratch);
+    const W* const then = more ? from + PANEL_ROWS * w_stride : next;
+    const int some = more ? PANEL_ROWS : rows - r;
+    if constexpr (DIRECT_ROWS > 0)
+      direct_rows<W>(from, w_stride, some, k, group, x, then, out + r, out_stride, scratch);
+    else
+      block_rows<W>(from, w_stride, some, k, group, x, then, out + r, out_stride, scratch);
   }
 }
 
 inline size_t dot_scratch(int64_t pairs) {
-  return PANEL_ROWS * (BLOCK_K + pairs * VL);
+  return PANEL_ROWS * ((DIRECT_ROWS > 0 ? 0 : BLOCK_K) + pairs * VL);
 }
 inline int64_t row_stride(int64_t rows) {
   return (rows + VL - 1) / VL * VL;
@@ -295,7 +366,8 @@ void down(const FfnShape& s, const ExpertWeights& e, int64_t begin, int64_t end,
 
 #ifdef SPAC_DENSE
 inline constexpr ExpertKernels dense_kernels = {
-    STREAM_MOST, TILE, DENSE_ROWS, DENSE_FREE, PAD, pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
+    STREAM_MOST, TILE,       DENSE_ROWS,    DENSE_FREE, padded,
+    false,       pack<bf16>, gate_up<bf16>, down<bf16>, scratch};
 
 const ExpertKernels& expert_kernels(DType weights, DType x) {
   return weights == DType::bf16 ? dense_kernels : avx512::expert_kernels(weights, x);
@@ -303,6 +375,6 @@ const ExpertKernels& expert_kernels(DType weights, DType x) {
 #else
 template <class W>
 inline constexpr ExpertKernels kernels = {
-    STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, 2 * STREAM_TOKENS, PAD, pack<W>, gate_up<W>, down<W>,
-    scratch};
+    STREAM_TOKENS, BLOCK_TOKENS, PANEL_ROWS, 2 * STREAM_TOKENS, padded, false, pack<W>, gate_up<W>,
+    down<W>, scratch};
 #endif

@@ -1,7 +1,7 @@
-// The driver: groups the pairs by expert and hands rows to threads, in three passes: pack the tokens,
-// then gate and up, then down. An output element is always computed by one thread in one order
-// (experts ascending), so the result does not depend on the number of threads or on who computes
-// what.
+// The driver: groups the pairs by expert and hands rows to threads, in passes: pack the tokens,
+// then gate and up, then, for some kernels, pack what comes out, then down. An output element is
+// always computed by one thread in one order (experts ascending), so the result does not depend on
+// the number of threads or on who computes what.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -86,23 +86,26 @@ class ExpertFfn {
                   int64_t t1) {
     group_pairs(call, kernels, t0, t1);
     const int64_t H = call.shape.hidden, I = call.shape.intermediate;
-    const int64_t h_in = padded(H, kernels.step), h_mid = padded(I, kernels.step);
+    const int64_t h_in = kernels.packed(H), h_mid = kernels.packed(I);
+    const int64_t h_plain = kernels.pack_h ? I : 0;
     const int64_t pairs = static_cast<int64_t>(token_.size());
     int64_t most = 0;
     for (const Expert& e : experts_) most = std::max<int64_t>(most, e.group.pairs);
     const int64_t down_rows = most > kernels.stream_tokens ? kernels.panel_rows : kStreamRows;
-    const int64_t most_rows = kUnitsAtOnce * std::max<int64_t>(kStreamRows, kernels.panel_rows);
-    const int64_t scratch = padded(kernels.scratch(most_rows, most) + (t1 - t0) * most_rows, 16);
+    const auto at_once = static_cast<uint32_t>(kRowsAtOnce / down_rows);
+    const int64_t scratch =
+        padded(kernels.scratch(kRowsAtOnce, most) + (t1 - t0) * kRowsAtOnce, 16);
     threads = std::min<int64_t>(threads, 1 + 3 * H * I * pairs / kWorthAThread);
     split_work(kernels, threads, I, (H + down_rows - 1) / down_rows);
 
-    const size_t need = pairs * (h_in + h_mid) + scratch * threads + 16;
+    const size_t need = pairs * (h_in + h_mid + h_plain) + scratch * threads + 32;
     if (memory_.size() < need) memory_ = std::vector<float>(need);
     float* base = memory_.data();
     while (reinterpret_cast<uintptr_t>(base) % 64) ++base;
     float* const x = base;
     float* const h = x + pairs * h_in;
-    float* const scratches = h + pairs * h_mid;
+    float* const plain = h + pairs * h_mid;
+    float* const scratches = plain + padded(pairs * h_plain, 16);
 
     const int64_t element = unit_bytes(call.w_dtype);
     const int64_t gate_bytes = call.shape.gate_stride * element;
@@ -113,7 +116,7 @@ class ExpertFfn {
 
     pool_.run(threads, [&](int thread, int n) {
       float* const mine = scratches + scratch * thread;
-      split_.run(kPack, thread, n, kUnitsAtOnce, [&](int32_t begin, int32_t end, int32_t) {
+      split_.run(kPack, thread, n, at_once, [&](int32_t begin, int32_t end, int32_t) {
         for (; begin < end; ++begin) {
           const Packing some = packing_[begin];
           kernels.pack(call.x, call.x_dtype, token_.data() + some.first, some.count, H,
@@ -122,7 +125,7 @@ class ExpertFfn {
       });
       split_.wait(kPack);
       int32_t at = 0;  // units come nearly in order, and so do their experts
-      split_.run(kGateUp, thread, n, kUnitsAtOnce, [&](int32_t begin, int32_t end, int32_t then) {
+      split_.run(kGateUp, thread, n, at_once, [&](int32_t begin, int32_t end, int32_t then) {
         while (begin < experts_[at].unit) --at;
         while (begin < end) {
           while (begin >= experts_[at].end) ++at;
@@ -137,15 +140,26 @@ class ExpertFfn {
           }
           kernels.gate_up(call.shape, e.weights, int64_t{begin - e.unit} * e.rows,
                           std::min(I, int64_t{stop - e.unit} * e.rows), e.group,
-                          x + e.first * h_in, h + e.first * h_mid, mine, ahead);
+                          x + e.first * h_in,
+                          kernels.pack_h ? plain + e.first * I : h + e.first * h_mid, mine, ahead);
           begin = stop;
         }
       });
       split_.wait(kGateUp);
-      float* const sums = mine + scratch - (t1 - t0) * most_rows;
-      split_.run(kDown, thread, n, kUnitsAtOnce, [&](int32_t first, int32_t last, int32_t then) {
+      if (kernels.pack_h) {
+        split_.run(kPackH, thread, n, at_once, [&](int32_t begin, int32_t end, int32_t) {
+          for (; begin < end; ++begin) {
+            const Packing some = packing_[begin];
+            kernels.pack(plain + some.first * I, DType::f32, order_.data(), some.count, I,
+                         h + some.first * h_mid);
+          }
+        });
+        split_.wait(kPackH);
+      }
+      float* const sums = mine + scratch - (t1 - t0) * kRowsAtOnce;
+      split_.run(kDown, thread, n, at_once, [&](int32_t first, int32_t last, int32_t then) {
         const int64_t begin = first * down_rows, end = std::min(H, last * down_rows);
-        std::fill(sums, sums + (t1 - t0) * most_rows, 0.0f);
+        std::fill(sums, sums + (t1 - t0) * kRowsAtOnce, 0.0f);
         for (size_t j = 0; j < experts_.size(); ++j) {
           const Expert& e = experts_[j];
           const bool more = j + 1 < experts_.size();
@@ -153,11 +167,11 @@ class ExpertFfn {
                                                       (more ? first : then) * down_bytes)
                                                 : nullptr;
           kernels.down(call.shape, e.weights, begin, end, e.group, h + e.first * h_mid,
-                       local_.data() + e.first, weight_.data() + e.first, sums, most_rows, mine,
+                       local_.data() + e.first, weight_.data() + e.first, sums, kRowsAtOnce, mine,
                        ahead);
         }
         for (int64_t t = t0; t < t1; ++t)
-          std::copy_n(sums + (t - t0) * most_rows, end - begin, call.y + t * H + begin);
+          std::copy_n(sums + (t - t0) * kRowsAtOnce, end - begin, call.y + t * H + begin);
       });
       if (thread == 0) split_.wait(kDown);
     });
@@ -176,6 +190,8 @@ class ExpertFfn {
     for (int64_t e = 0; e < call.experts; ++e) start_[e + 1] += start_[e];
     const int32_t pairs = start_[call.experts];
     token_.resize(pairs), local_.resize(pairs), weight_.resize(pairs);
+    for (auto n = static_cast<int32_t>(order_.size()); n < kernels.block_tokens; ++n)
+      order_.push_back(n);
     cursor_.assign(start_.begin(), start_.end() - 1);
     for (int64_t i = t0 * call.k; i < t1 * call.k; ++i) {
       const int64_t e = id(i);
@@ -217,7 +233,9 @@ class ExpertFfn {
     const auto evenly = [&](int64_t units) {
       return [=](int t) { return static_cast<uint32_t>(units * t / threads); };
     };
-    split_.assign(kPack, threads, evenly(static_cast<int64_t>(packing_.size())));
+    const auto packings = static_cast<int64_t>(packing_.size());
+    split_.assign(kPack, threads, evenly(packings));
+    split_.assign(kPackH, threads, evenly(packings));
     size_t at = 0;
     split_.assign(kGateUp, threads, [&](int t) -> uint32_t {
       const int64_t until = cost * t / threads;
@@ -230,15 +248,15 @@ class ExpertFfn {
     split_.assign(kDown, threads, evenly(down_units));
   }
 
-  enum { kPack, kGateUp, kDown };
-  static constexpr int64_t kStreamRows = 8, kUnitsAtOnce = 4;
+  enum { kPack, kGateUp, kPackH, kDown };
+  static constexpr int64_t kStreamRows = 8, kRowsAtOnce = 256;
   static constexpr int64_t kWorthAThread = 16384;  // multiply-adds that last as long as a wake-up
 
   std::mutex mutex_;
   ThreadPool pool_;
   std::vector<float> memory_;
   WorkSplit split_;
-  std::vector<int32_t> start_, cursor_, token_, local_;
+  std::vector<int32_t> start_, cursor_, token_, local_, order_;  // order_: 0, 1, 2, ...
   std::vector<float> weight_;
   std::vector<Expert> experts_;
   std::vector<Block> blocks_;

@@ -6,7 +6,7 @@ inline constexpr int STEP = 2 * VL;  // weights of a row per step
 // then 4, whose sums are written together, or 2.
 constexpr int tile_rows(int tokens) {
   const int rows = ACCUMULATORS / tokens;
-  return rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+  return rows >= 8 && !LONG_STREAMS ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
 }
 
 // Keeps the fewer of the weights and the tokens of half a step in registers, and takes the others

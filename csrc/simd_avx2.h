@@ -1,10 +1,13 @@
 // Eight floats with AVX2, FMA and F16C; the contract is in simd_portable.h.
 inline constexpr int VL = 8;
 inline constexpr int ACCUMULATORS = 12;
+inline constexpr bool LONG_STREAMS = true;
 inline constexpr int STREAM_TOKENS = 6;
-inline constexpr int BLOCK_TOKENS = 3;
-inline constexpr int DIRECT_TOKENS = 9;
-inline constexpr int BLOCK_K = 512;
+inline constexpr int BLOCK_TOKENS = 4;
+inline constexpr int PANEL_ROWS = 24;
+inline constexpr int DIRECT_ROWS = 3;
+inline constexpr int DIRECT_TOKENS = 0;
+inline constexpr int BLOCK_K = 1024;
 using V = __m256;
 typedef int32_t VI __attribute__((vector_size(32)));
 
@@ -37,11 +40,16 @@ inline V half(const float* p) {
   return load(p + h * VL);
 }
 // Even weights in half 0, odd ones in half 1: one instruction each, the activations follow suit.
+// The mask comes from memory: in a register, it would be one too many beside a tile's 16.
+alignas(32) inline constexpr uint32_t ODD[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
 template <int h>
 inline V half(const bf16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm256_castsi256_ps(h == 0 ? _mm256_slli_epi32(bits, 16)
-                                    : _mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000)));
+  if constexpr (h == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  V odd;
+  asm("vandps %2, %1, %0" : "=x"(odd) : "x"(bits), "m"(ODD));
+  return odd;
 }
 template <int h>
 inline V half(const f16* p) {

@@ -1,8 +1,11 @@
 // Sixteen floats with AVX-512 F, BW, DQ and VL; the contract is in simd_portable.h.
 inline constexpr int VL = 16;
 inline constexpr int ACCUMULATORS = 24;
+inline constexpr bool LONG_STREAMS = false;
 inline constexpr int STREAM_TOKENS = 6;
 inline constexpr int BLOCK_TOKENS = 6;
+inline constexpr int PANEL_ROWS = 8;
+inline constexpr int DIRECT_ROWS = 0;
 inline constexpr int DIRECT_TOKENS = 32;
 inline constexpr int BLOCK_K = 768;
 using V = __m512;

@@ -2,8 +2,11 @@
 // Included inside a namespace, hence no #pragma once. Every ISA header provides:
 //   V, VI            a vector of VL floats, of VL int32
 //   ACCUMULATORS     registers that a tile may use for sums
+//   LONG_STREAMS     few tokens: four streams of whole rows, not up to eight of halves
 //   STREAM_TOKENS    widest token block that reads weight rows as they lie
-//   BLOCK_TOKENS     tokens per block for more; DIRECT_TOKENS, from where rows are unpacked
+//   BLOCK_TOKENS     tokens per block for more, with PANEL_ROWS rows (a multiple of 4) together
+//   DIRECT_ROWS      rows of a tile of direct_rows, which divide PANEL_ROWS; 0: block_rows, whose
+//                    rows are unpacked beyond DIRECT_TOKENS tokens
 //   BLOCK_K          columns of a slice, so that a block and some rows fit the L1 cache
 //   accumulate       sum += a * b, where sums must stay in registers
 //   fma, vmin, vmax  vmin(a, b) and vmax(a, b) return b if either is NaN
@@ -11,8 +14,11 @@
 //   sum4             out[i] = sum of the lanes of the i-th argument, in one fixed order
 inline constexpr int VL = 4;
 inline constexpr int ACCUMULATORS = 12;
+inline constexpr bool LONG_STREAMS = false;
 inline constexpr int STREAM_TOKENS = 3;
 inline constexpr int BLOCK_TOKENS = 3;
+inline constexpr int PANEL_ROWS = 8;
+inline constexpr int DIRECT_ROWS = 0;
 inline constexpr int DIRECT_TOKENS = 12;
 inline constexpr int BLOCK_K = 256;
 typedef float V __attribute__((vector_size(16)));

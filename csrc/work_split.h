@@ -15,7 +15,7 @@ namespace spac {
 
 class WorkSplit {
  public:
-  static constexpr int kPasses = 3;
+  static constexpr int kPasses = 4;
 
   // Before a job. Thread t of n gets units [bound(t), bound(t + 1)) of `pass`; bound(0) = 0.
   template <class Bound>

@@ -226,7 +226,7 @@ def test_threads_and_neighbours_do_not_change_a_bit(isa, form, group, x_dtype):
 
 @each_form
 def test_wide_ranges_of_activations(isa, form, group):
-    """Outliers in a token cost their neighbours of the same 8 elements bits, no others."""
+    """Outliers in a token cost their neighbours of the same block (8 to 256 elements) bits."""
     case = Case(2, 256, 128, 4, 1, form, group)
     case.x[0, 5], case.x[1] = 3e4, case.x[1] * 1e-6
     case.x[2, 16:24], case.x[3, :128] = 0, 0

@@ -1,5 +1,8 @@
 // A device of this program's own rings the bells of a Worker, for ThreadSanitizer: every layer of
-// every window gets its own rows back, also after windows that the device gives up. No torch.
+// every window gets its own rows back, also after windows that the device gives up. It prints the
+// time from the bell to the computation and from its end to the device. No torch.
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 
@@ -23,6 +26,8 @@ int main(int argc, char** argv) {
   std::vector<int64_t> times(2 * kLayers);
   int32_t* const done = flags.data() + kLayers;
   long wrong = 0;
+  std::vector<int64_t> to_worker{0}, to_device{0};  // ns
+  const auto now = [] { return std::chrono::steady_clock::now().time_since_epoch().count(); };
   {
     Worker worker({flags.data(), done, x.data(), DType::f32, ids.data(), gates.data(), back.data(),
                    times.data(), k},
@@ -46,8 +51,13 @@ int main(int argc, char** argv) {
           ids[i] = static_cast<int32_t>((round + i + l) % (E + 1)) - 1;
           gates[i] = static_cast<float>(i % k + 1);
         }
+        const int64_t rung = now();
         __atomic_store_n(&flags[l], round, __ATOMIC_RELEASE);
-        while (__atomic_load_n(&done[l], __ATOMIC_ACQUIRE) < round) std::this_thread::yield();
+        spin_until([&] { return __atomic_load_n(&done[l], __ATOMIC_ACQUIRE) >= round; });
+        if (times[2 * l] != 0) {
+          to_worker.push_back(times[2 * l] - rung);
+          to_device.push_back(now() - times[2 * l + 1]);
+        }
         for (int64_t t = 0; t < width; ++t) {
           const float h = H * x[t * H] * H * x[t * H];
           float expected = 0;
@@ -60,6 +70,11 @@ int main(int argc, char** argv) {
     }
     wrong += !worker.error().empty();
   }
-  std::printf("%d rounds, %ld wrong\n", rounds, wrong);
+  const auto median = [](std::vector<int64_t>& v) {
+    std::nth_element(v.begin(), v.begin() + v.size() / 2, v.end());
+    return v[v.size() / 2] / 1e3;
+  };
+  std::printf("%d rounds, %ld wrong; medians: bell to start %.2f us, end to device %.2f us\n",
+              rounds, wrong, median(to_worker), median(to_device));
   return wrong != 0;
 }
