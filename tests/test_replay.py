@@ -319,4 +319,7 @@ def test_real_traces(name, share):
         policy = make_policy(name, layers, trace.num_experts, slots)
         speed[name] = replay(windows, policy, cost, slots, **options).tokens_per_second
     assert speed["spac"] > 1.03 * speed["lru"] and speed["spac"] > 0.98 * speed["lfu"]
+    policy = make_policy("spac", layers, trace.num_experts, slots)
+    kept = replay(windows, policy, cost, slots, **options, keep=True)
+    assert kept.tokens_per_second > 1.01 * speed["spac"] and kept.kept > kept.streamed / 2
     assert window_counts(windows[:1], trace.num_experts).sum() == windows[0].ids.size
