@@ -33,15 +33,15 @@ class SlotProtocol(RuleBasedStateMachine):
     def forward_passes(self, layer):
         self.pool.publish(layer)
 
-    @rule(layer=st.none() | st.integers(0, LAYERS - 1), line=st.integers(0, 60))
-    def forward_is_interrupted(self, layer, line):
-        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+    @rule(layer=st.none() | st.integers(0, LAYERS - 1), place=st.integers(0, 30))
+    def forward_is_interrupted(self, layer, place):
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
             self.pool.publish(layer)
         self.interrupted |= bool(f.hits)
 
-    @rule(layer=st.integers(0, LAYERS - 1), line=st.integers(0, 60), data=st.data())
-    def prefill_exchanges(self, layer, line, data):
-        """The area holds the experts that it brings; line 60 is after the end."""
+    @rule(layer=st.integers(0, LAYERS - 1), place=st.integers(0, 30), data=st.data())
+    def prefill_exchanges(self, layer, place, data):
+        """The area holds the experts that it brings; place 30 is mostly after the end."""
         pool = self.pool
         old = [e for e in range(EXPERTS) if pool.slot_of[layer, e] >= 0 and pool.held[layer, e]]
         new = [e for e in range(EXPERTS) if not pool.held[layer, e] and pool.slot_of[layer, e] < 0]
@@ -49,7 +49,7 @@ class SlotProtocol(RuleBasedStateMachine):
         blobs = [torch.zeros(pool.slot_bytes, dtype=torch.uint8) for _ in range(count)]
         for expert, blob in zip(new, blobs, strict=False):
             blob[:8].view(torch.int64)[0] = layer * EXPERTS + expert
-        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
             pool.exchange(layer, old[:count], new[:count], blobs)
         self.interrupted |= bool(f.hits)
 
