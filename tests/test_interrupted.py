@@ -115,13 +115,11 @@ def test_worker_and_device_agree_on_the_window():
     gate_up, down = torch.randn(4, 12, 16), torch.randn(4, 16, 6)
     table = ExpertTable.from_parameters(ExpertLayout(4, 16, 6, torch.float32), gate_up, down)
     handoff = HandOff([table], 5, 2, torch.float32, torch.device("cpu"))
-    pairs = torch.randn(5, 16), torch.randint(0, 4, (5, 2), dtype=torch.int32), torch.rand(5, 2)
-    expected = ops.expert_ffn_table(*pairs, table)
     for _ in after_each(1, lambda: handoff.begin(1)):
+        pairs = torch.randn(5, 16), torch.randint(0, 4, (5, 2), dtype=torch.int32), torch.rand(5, 2)
         handoff.begin(5)
         handoff.send(0, *pairs)
-        torch.testing.assert_close(
-            handoff.join(0, torch.zeros(5, 16), torch.float32), expected, rtol=0, atol=0
-        )
+        found = handoff.join(0, torch.zeros(5, 16), torch.float32)
+        torch.testing.assert_close(found, ops.expert_ffn_table(*pairs, table), rtol=0, atol=0)
         handoff.check()
     handoff.close()
