@@ -1,19 +1,20 @@
 // What this CPU can do at best, for the benchmark: reading memory and multiplying. Included per ISA
 // inside its namespace, after simd_<isa>.h, hence no #pragma once.
 
-// Reads n bytes in eight streams, each as long as can be, since the hardware's prefetch needs some
-// KB to get going. Less than 512 bytes at the end are left out.
+// Reads n bytes in eight streams as the kernels do: as long as can be, since some hardware's prefetch
+// needs some KB to get going, or a page apart. A rest of less than eight pages is left out.
 inline uint64_t read_memory(const char* data, size_t n) {
-  constexpr size_t STREAMS = 8;
-  const size_t length = n / STREAMS / 64 * 64;
+  constexpr size_t PAGE = 4096, STREAMS = 8;
+  const size_t length = LONG_STREAMS ? n / STREAMS / 64 * 64 : PAGE;
   VI seen[STREAMS] = {};
-  for (size_t i = 0; i < length; i += sizeof(VI))
+  for (size_t at = 0; length && at + STREAMS * length <= n; at += STREAMS * length)
+    for (size_t i = at; i < at + length; i += sizeof(VI))
 #pragma GCC unroll 8
-    for (size_t s = 0; s < STREAMS; ++s) {
-      VI v;
-      std::memcpy(&v, data + i + s * length, sizeof(v));
-      seen[s] ^= v;
-    }
+      for (size_t s = 0; s < STREAMS; ++s) {
+        VI v;
+        std::memcpy(&v, data + i + s * length, sizeof(v));
+        seen[s] ^= v;
+      }
   uint64_t sum = 0;
   for (const VI& v : seen)
     for (int i = 0; i < VL; ++i) sum += static_cast<uint32_t>(v[i]);

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import linecache
-import re
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,6 @@ SEAMS = {
 }
 
 _FOLDER = str(Path(__file__).parent)
-_LOCK = re.compile(r"\s*(with |try:$)|.*\.release\(\)")  # a try follows where one is taken
 
 
 @dataclass
@@ -90,33 +88,31 @@ def fault(
 
 @contextmanager
 def interrupted(after: int) -> Iterator[Fault]:
-    """KeyboardInterrupt, as of Ctrl-C, before a line of spac's that this thread runs meanwhile: the
-    first `after` lines pass. It is raised; `hits` stays 0 if there were no more lines than that.
+    """KeyboardInterrupt, as of Ctrl-C, where Python may look for signals in spac's code in this
+    thread: when a function begins, or one of C has returned. The first `after` such places pass; it
+    is raised at the next, and `hits` stays 0 if there is none.
 
-    Left out are the first line of a `finally`, since Python looks for signals after calls, so that
-    a real one never comes between a block and what ends it; and lines that take or release a lock,
-    where a real one would have to meet the very instruction.
+    Left out are the instant after a lock was taken, against which Python has no means, and
+    generators, which may swallow it while they are thrown away.
     """
     state = Fault()
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        file, number = frame.f_code.co_filename, frame.f_lineno
-        if not file.startswith(_FOLDER):
-            return None
-        ends = linecache.getline(file, number - 1).strip() == "finally:"
-        if event == "line" and not ends and not _LOCK.match(linecache.getline(file, number)):
+    def profile(frame: FrameType, event: str, function: Any) -> None:
+        if event not in ("call", "c_return") or getattr(function, "__name__", "") == "acquire":
+            return
+        code = frame.f_code
+        if code.co_filename.startswith(_FOLDER) and not code.co_flags & inspect.CO_GENERATOR:
             state.calls += 1
             if state.calls == after + 1:
                 state.hits += 1
                 raise KeyboardInterrupt
-        return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
+    before = sys.getprofile()
+    sys.setprofile(profile)
     try:
         yield state
     finally:
-        sys.settrace(before)
+        sys.setprofile(before)
 
 
 def _find(seam: str) -> tuple[Any, str]:

@@ -1,4 +1,4 @@
-"""Ctrl-C at (nearly) any line of spac: attach gives everything back, detach can be repeated, the
+"""Ctrl-C anywhere in spac: attach gives everything back, detach can be repeated, the
 next text is right."""
 
 import contextlib
@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import spac
+from spac import ops
 from spac.attachment import attachment
 from spac.budget import bytes_for_ratio
 from spac.config import SpacConfig
+from spac.handoff import HandOff
+from spac.layout import ExpertLayout, ExpertTable
 from spac.testing import interrupted
 
 PROMPT = torch.randint(0, 96, (1, 21), generator=torch.Generator().manual_seed(4))
@@ -37,13 +40,13 @@ def text(model, new=24):
 
 
 def after_each(step, what):
-    """Interrupt `what()` before every `step`th line; goes on after each, until it comes through."""
-    for line in range(0, NEVER, step):
-        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+    """Interrupt `what()` at every `step`th place; goes on after each, until it comes through."""
+    for place in range(0, NEVER, step):
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
             what()
         if not f.hits:
             return
-        yield line
+        yield place
 
 
 def weights(model):
@@ -100,7 +103,23 @@ def test_the_next_text_is_right(tiny_moe, way):
         spac.attach(model, budget, **settings)
         with contextlib.suppress(KeyboardInterrupt), interrupted(after=stop) as f:
             text(model)
-        if not f.hits:  # the first time: now it is known how many lines there are
+        if not f.hits:  # the first time: now it is known how many places there are
             stops += range(0, f.calls, f.calls // 12)
         assert torch.equal(text(model), expected), stop
         spac.detach(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here torch does the device's part")
+def test_worker_and_device_agree_on_the_window():
+    """Wherever the window before, of one row, was given up."""
+    gate_up, down = torch.randn(4, 12, 16), torch.randn(4, 16, 6)
+    table = ExpertTable.from_parameters(ExpertLayout(4, 16, 6, torch.float32), gate_up, down)
+    handoff = HandOff([table], 5, 2, torch.float32, torch.zeros(2, dtype=torch.int32))
+    for _ in after_each(1, lambda: handoff.begin(1)):
+        pairs = torch.randn(5, 16), torch.randint(0, 4, (5, 2), dtype=torch.int32), torch.rand(5, 2)
+        handoff.begin(5)
+        handoff.send(0, *pairs)
+        found = handoff.join(0, torch.zeros(5, 16), torch.float32)
+        torch.testing.assert_close(found, ops.expert_ffn_table(*pairs, table), rtol=0, atol=0)
+        handoff.check()
+    handoff.close()

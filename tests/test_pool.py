@@ -39,6 +39,18 @@ class SlotProtocol(RuleBasedStateMachine):
         while self.unknown:
             self.pool.exchanged(*np.array([self.unknown.pop(0)]).T)
 
+    @precondition(lambda self: self.unknown)
+    @rule(place=st.integers(0, 20))
+    def learning_is_interrupted(self, place):
+        layer, newcomer, victim = self.unknown.pop(0)
+        rows = np.array([[layer, newcomer, victim]])
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
+            self.pool.exchanged(*rows.T)
+        self.interrupted |= bool(f.hits)
+        if self.pool.slot_of[layer, victim] >= 0:  # as spac.pull asks
+            self.pool.exchanged(*rows.T)
+        assert self.pool.held[layer, newcomer] and self.pool.slot_of[layer, newcomer] >= 0
+
     @rule(
         layer=st.integers(0, LAYERS - 1),
         newcomer=st.integers(0, EXPERTS - 1),
@@ -53,16 +65,16 @@ class SlotProtocol(RuleBasedStateMachine):
             address[newcomer], address[victim] = address[victim].clone(), 0
             self.unknown.append((layer, newcomer, victim))
 
-    @rule(layer=st.none() | st.integers(0, LAYERS - 1), line=st.integers(0, 60))
-    def forward_is_interrupted(self, layer, line):
+    @rule(layer=st.none() | st.integers(0, LAYERS - 1), place=st.integers(0, 30))
+    def forward_is_interrupted(self, layer, place):
         self.learn()
-        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
             self.pool.publish(layer)
         self.interrupted |= bool(f.hits)
 
-    @rule(layer=st.integers(0, LAYERS - 1), line=st.integers(0, 60), data=st.data())
-    def prefill_exchanges(self, layer, line, data):
-        """The area holds the experts that it brings; line 60 is after the end."""
+    @rule(layer=st.integers(0, LAYERS - 1), place=st.integers(0, 30), data=st.data())
+    def prefill_exchanges(self, layer, place, data):
+        """The area holds the experts that it brings; place 30 is mostly after the end."""
         self.learn()
         pool = self.pool
         old = [e for e in range(EXPERTS) if pool.slot_of[layer, e] >= 0 and pool.held[layer, e]]
@@ -71,7 +83,7 @@ class SlotProtocol(RuleBasedStateMachine):
         blobs = [torch.zeros(pool.slot_bytes, dtype=torch.uint8) for _ in range(count)]
         for expert, blob in zip(new, blobs, strict=False):
             blob[:8].view(torch.int64)[0] = layer * EXPERTS + expert
-        with contextlib.suppress(KeyboardInterrupt), interrupted(after=line) as f:
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
             pool.exchange(layer, old[:count], new[:count], blobs)
         self.interrupted |= bool(f.hits)
 
