@@ -4,8 +4,8 @@ No weights and no trace are needed, so the routing is assumed; the constants are
 development traces (docs/method.md):
 
     distinct experts of a window of W tokens   D = min(E, k W^0.65)
-    share of the pairs that are resident       c = r^0.28             r = slots / all experts
-    share of the distinct experts resident     d = r^(0.28 + 0.067 ln W)
+    share of the pairs that are resident       c = r^0.22             r = slots / all experts
+    share of the distinct experts resident     d = r^(0.22 + 0.062 ln W)
 
 D, c and d go into the cost model, one layer at a time; the drafts into the draft length's formula.
 """
@@ -26,7 +26,7 @@ from spac.draft_length import expected_tokens
 from spac.experts import expert_layout, find_experts, router_top_k
 from spac.machine import Machine
 
-REUSE, PAIRS, SPREAD = 0.65, 0.28, 0.067
+REUSE, PAIRS, SPREAD = 0.65, 0.22, 0.062
 CALIBRATION_S = 15.0  # at most so long the operators of this machine are timed
 
 
