@@ -52,7 +52,7 @@ class LayerState:
     def on_host(self) -> LayerState:
         """A copy in host memory, once the device has come so far."""
         self.staging.copy_(self.memory)
-        # By numpy: torch copies so much with several threads, which then spin for milliseconds on the
-        # cores of the CPU's FFN.
+        # By numpy: torch copies so much with several threads, which then spin for milliseconds on
+        # the cores of the CPU's FFN.
         memory = torch.from_numpy(self.staging.numpy().copy())
         return LayerState._of(memory, self.staging, *self.utility.shape)
