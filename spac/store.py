@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spac.experts import stored_view
 from spac.layout import ExpertLayout, ExpertTable
+from spac.numa import interleave
 from spac.quantize import dequantize, quantize
 
 _PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
@@ -21,7 +22,7 @@ def host_memory(nbytes: int) -> Tensor:
     """Zeros uint8 [nbytes] in a mapping of their own, given back when the tensor dies.
 
     Whole pages, so that page-locking one store never meets a page of another; huge ones where the
-    system gives them to who asks, since the CPU kernels stream the weights.
+    system gives them to who asks, since the CPU kernels stream the weights, from all NUMA nodes.
     """
     spare = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 0
     try:
@@ -33,7 +34,10 @@ def host_memory(nbytes: int) -> Tensor:
     if spare and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return tensor[-tensor.data_ptr() % max(spare, 1) :][:nbytes]
+    tensor = tensor[-tensor.data_ptr() % max(spare, 1) :][:nbytes]
+    if spare:
+        interleave(tensor.data_ptr(), nbytes // _HUGE_PAGE * _HUGE_PAGE)
+    return tensor
 
 
 def blob_views(blobs: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
