@@ -15,8 +15,8 @@ from spac.kernels import accept, combine, route, split_window, verify
 from spac.kernels.expert_ffn import expert_ffn, expert_ffn_train
 from spac.kernels.expert_ffn_backward import expert_ffn_backward
 from spac.kernels.pull import pull
-from spac.layout import ExpertLayout, ExpertTable
-from spac.pull import MOST_PLACES, Places, Pull
+from spac.layout import ExpertLayout, ExpertTable, Places
+from spac.pull import MOST_PLACES, Pull
 from spac.store import HostStore
 
 DEV = "cuda"

@@ -70,7 +70,7 @@ def _wait_kernel(source_ptr, flags_ptr, failed_ptr, max_polls, PLACES: tl.conste
 def pull(places: Any, nbytes: int) -> None:
     """Fill the places whose source is not 0; the flag of a place becomes 1 when it is complete.
 
-    places: `spac.pull.Places`; nbytes, a multiple of 4: of an expert.
+    places: `spac.layout.Places`; nbytes, a multiple of 4: of an expert.
     """
     _pull_kernel[(_PROGRAMS,)](
         places.source,

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from spac.pull import Places
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_clamp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -155,6 +152,42 @@ class Slots:
             shape = (memory.shape[0], rows, columns)
             views.append(flat.as_strided(shape, (flat.stride(0), columns, 1), start))
         return Slots(address, *views)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Room for A experts of one layer at a time.
+
+    memory uint8 [A, bytes], of the places' own; source and target int64 [A], addresses of each
+    place's expert in host memory (0: none) and of where it goes; of int32 [E], the place of each
+    expert (-1: none); flags and arrived int32 [A]; failed int32 [1] in host memory, 1 if an expert
+    did not come in time. Of the layer: value float32 [E] of its experts, and exchanged int32
+    [A, 2], which expert took whose slot in the last window (-1: none); `reference.split_window`.
+    """
+
+    memory: Tensor
+    source: Tensor
+    target: Tensor
+    of: Tensor
+    flags: Tensor
+    arrived: Tensor
+    failed: Tensor
+    value: Tensor
+    exchanged: Tensor
+
+    @staticmethod
+    def over(memory: Tensor, value: Tensor, exchanged: Tensor) -> list[Places]:
+        """For every layer of value [L, E] and exchanged [L, A, 2], with all else in common."""
+        device, n = memory.device, len(memory)
+
+        def zeros(dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(n, dtype=dtype, device=device)
+
+        of = torch.full((value.shape[1],), -1, dtype=torch.int32, device=device)
+        failed = torch.zeros(1, dtype=torch.int32, pin_memory=memory.is_cuda)
+        addresses = zeros(torch.int64), zeros(torch.int64)
+        common = memory, *addresses, of, zeros(), zeros(), failed
+        return [Places(*common, *layer) for layer in zip(value, exchanged, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spac.layout import ExpertLayout
-from spac.pull import Places
+from spac.layout import ExpertLayout, Places
 from spac.quantize import dequantize
 
 

@@ -10,9 +10,9 @@ from spac import ops, reference
 from spac.keep import stream_and_keep
 from spac.kernels.pull import pull, wait
 from spac.kernels.split_window import split_window
-from spac.layout import ExpertLayout, ExpertTable
+from spac.layout import ExpertLayout, ExpertTable, Places
 from spac.pool import SlotPool
-from spac.pull import Places, Pull
+from spac.pull import Pull
 from spac.store import HostStore, blob_views
 
 
