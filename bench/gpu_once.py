@@ -48,7 +48,7 @@ def window(tokens: int = 5, top_k: int = 3) -> None:
     link.start(0)
     table = replace(ExpertTable.from_blobs(layout, where, owner=store), places=link.places[0])
     for n in (tokens, 20):  # both paths wait for what is on its way
-        x, chosen = torch.randn(n, H, device=DEV).bfloat16(), ids[:1].expand(n, top_k)
+        x, chosen = torch.randn(n, H, device=DEV).bfloat16(), ids.repeat(n // tokens, 1)
         partial = ops.expert_ffn_table(x, chosen, torch.rand(n, top_k, device=DEV), table)
     link.finish()
     link.check()

@@ -270,7 +270,7 @@ class Engine:
     def load(self, saved: tuple[int, Tensor]) -> None:
         """Undo what windows changed since `save`."""
         self.windows, memory = saved
-        self._learn(self._state.on_host())  # what has changed places stays where it is
+        self._learn()  # what has changed places stays where it is
         self._state.memory.copy_(memory)
         self._state.exchanged.fill_(-1)
 
@@ -283,7 +283,7 @@ class Engine:
 
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if layer == 0:
-            self._learn(self._state.on_host())
+            self._learn()
             self.prefill_tokens += hidden.shape[0]
         self._prompt.add(layer, ids)
         table = self.slot_tables[layer]
@@ -334,9 +334,10 @@ class Engine:
                 self._work(last_width, state),
             )
 
-    def _learn(self, state: LayerState) -> None:
+    def _learn(self, state: LayerState | None = None) -> None:
         """What the windows so far did by themselves to the slots, from a copy of the state."""
         if self.pull is not None:
+            state = state or self._state.on_host()
             self.pull.check()
             self.pull.show(self.control.value)
             self.pull.learn(state.exchanged, self.pool)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spac.keep import stream_and_keep
 from spac.layout import ExpertLayout, Places
 from spac.quantize import dequantize
 
@@ -240,22 +241,20 @@ def split_window(
     frequency += counts
     E = address.numel()
     missing = (counts > 0) & (address == 0)
-    take = min(int(streams[missing.sum()]), int(missing.sum()))
-    key = counts.float()
+    take = int(streams[missing.sum()])
+    value = torch.zeros_like(counts, dtype=torch.float32)
     if places is not None:
-        take = min(take, len(places.source))
-        key = key + places.value
-    experts = missing.nonzero().flatten()
-    order = experts[torch.argsort(key[experts], descending=True, stable=True)][:take]
-    streamed += take
-    targets = host[order]
+        take, value = min(take, len(places.source)), places.value
+    numbers = (t.cpu().numpy() for t in (counts, value, value + counts, address != 0))
+    chosen = stream_and_keep(*numbers, take)
+    coming, new, old = (torch.from_numpy(experts).to(ids.device) for experts in chosen)
+    streamed += len(coming)
+    targets = host[coming]
     if places is not None:
-        idle = ((counts == 0) & (address != 0)).nonzero().flatten()
-        victims = idle[torch.argsort(places.value[idle], stable=True)]
-        _give_places(order, victims, key, address, host, places)
-        targets = places.target[:take]
+        _give_places(coming, new, old, address, host, places)
+        targets = places.target[: len(coming)]
     where = address.clone()
-    where[order] = targets
+    where[coming] = targets
     flat = ids.to(torch.int64)
     valid = (flat >= 0) & (flat < E)
     for_cpu = valid & (where[flat.clamp(0, E - 1)] == 0)
@@ -263,9 +262,9 @@ def split_window(
 
 
 def _give_places(
-    coming: Tensor, victims: Tensor, key: Tensor, address: Tensor, host: Tensor, places: Places
+    coming: Tensor, new: Tensor, old: Tensor, address: Tensor, host: Tensor, places: Places
 ) -> None:
-    rank = torch.arange(len(places.source), device=coming.device)
+    rank = torch.arange(len(places.source), device=host.device)
     places.target.copy_(places.memory.data_ptr() + rank * places.memory.stride(0))
     places.of.fill_(-1)
     places.of[coming] = rank[: len(coming)].to(torch.int32)
@@ -273,11 +272,11 @@ def _give_places(
     places.source[: len(coming)] = host[coming]
     places.flags.zero_()
     places.exchanged.fill_(-1)
-    for place, (newcomer, victim) in enumerate(zip(coming, victims, strict=False)):
-        if key[newcomer] > places.value[victim]:
-            places.target[place] = address[newcomer] = address[victim]
-            address[victim] = 0
-            places.exchanged[place] = torch.stack([newcomer, victim])
+    stays = places.of[new].long()
+    places.target[stays] = address[old]
+    places.exchanged[stays] = torch.stack([new, old], 1).to(places.exchanged)
+    address[new] = address[old]
+    address[old] = 0
 
 
 def settle(
