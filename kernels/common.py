@@ -123,6 +123,74 @@ def matmul_tile(
 
 
 @triton.jit
+def split_gate_up(both, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """gate and up [BLOCK_M, BLOCK_N] of a product whose columns are rows of both."""
+    if INTERLEAVED:
+        return tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        return tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+
+
+@triton.jit
+def store_hidden(
+    gate,
+    up,
+    rows,
+    offs_n,
+    mask,
+    h_ptr,
+    pre_ptr,
+    alpha,
+    limit,
+    inter,
+    ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """h = act(gate) * up of sorted rows and, with SAVE, gate and up in their stored order."""
+    if SAVE:
+        columns = offs_n * (2 if INTERLEAVED else 1)
+        pre_ptrs = pre_ptr + rows[:, None] * (2 * inter) + columns[None, :]
+        tl.store(pre_ptrs, gate.to(pre_ptr.dtype.element_ty), mask=mask)
+        pre_ptrs += 1 if INTERLEAVED else inter
+        tl.store(pre_ptrs, up.to(pre_ptr.dtype.element_ty), mask=mask)
+    h = activate(gate, up, alpha, limit, ACTIVATION)
+    h_ptrs = h_ptr + rows[:, None] * inter + offs_n[None, :]
+    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_hidden_grad(
+    g,
+    rows,
+    offs_n,
+    mask_m,
+    weight,
+    pre_ptr,
+    d_pre_ptr,
+    wa_ptr,
+    alpha,
+    limit,
+    inter,
+    ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Stores d_pre and w * a of sorted rows for the columns offs_n; returns their sums of a * g."""
+    mask = mask_m[:, None] & (offs_n < inter)[None, :]
+    columns = rows[:, None] * (2 * inter) + (offs_n * (2 if INTERLEAVED else 1))[None, :]
+    up_columns = columns + (1 if INTERLEAVED else inter)
+    gate = tl.load(pre_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pre_ptr + up_columns, mask=mask, other=0.0).to(tl.float32)
+    a = activate(gate, up, alpha, limit, ACTIVATION)
+    dtype = d_pre_ptr.dtype.element_ty
+    tl.store(wa_ptr + rows[:, None] * inter + offs_n[None, :], (weight * a).to(dtype), mask=mask)
+    d_gate, d_up = activate_backward(gate, up, alpha, limit, ACTIVATION)
+    tl.store(d_pre_ptr + columns, (weight * g * d_gate).to(dtype), mask=mask)
+    tl.store(d_pre_ptr + up_columns, (weight * g * d_up).to(dtype), mask=mask)
+    return tl.sum(a * g, axis=1)
+
+
+@triton.jit
 def gate_up_tile(
     x_ptr,
     rows,
@@ -188,10 +256,7 @@ def gate_up_tile(
         row,
         GROUP,
     )
-    if INTERLEAVED:
-        gate, up = tl.split(tl.reshape(both, (BLOCK_M, BLOCK_N, 2)))
-    else:
-        gate, up = tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    gate, up = split_gate_up(both, BLOCK_M, BLOCK_N, INTERLEAVED)
     if BIAS:
         offs_n = n0 + tl.arange(0, BLOCK_N)
         offs_b = offs_n * bias_stride

@@ -18,11 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from spac.kernels.common import (
-    activate,
-    activate_backward,
     check_pairs,
     down_args,
     matmul_tile,
+    store_hidden_grad,
     weight_pointer,
 )
 from spac.kernels.config import FFNConfig, Tile
@@ -96,19 +95,12 @@ def _hidden_grad_kernel(
         BLOCK_K,
         EVEN_K,
     )
-    mask = mask_m[:, None] & (offs_n < inter)[None, :]
-    columns = rows[:, None] * (2 * inter) + (offs_n * (2 if INTERLEAVED else 1))[None, :]
-    up_columns = columns + (1 if INTERLEAVED else inter)
-    gate = tl.load(pre_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(pre_ptr + up_columns, mask=mask, other=0.0).to(tl.float32)
-    a = activate(gate, up, alpha, limit, ACTIVATION)
-    tl.store(dot_ptr + pairs * blocks_n + block, tl.sum(a * g, axis=1), mask=mask_m)
     weight = tl.load(weights_ptr + pairs, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-    dtype = d_pre_ptr.dtype.element_ty
-    tl.store(wa_ptr + rows[:, None] * inter + offs_n[None, :], (weight * a).to(dtype), mask=mask)
-    d_gate, d_up = activate_backward(gate, up, alpha, limit, ACTIVATION)
-    tl.store(d_pre_ptr + columns, (weight * g * d_gate).to(dtype), mask=mask)
-    tl.store(d_pre_ptr + up_columns, (weight * g * d_up).to(dtype), mask=mask)
+    dots = store_hidden_grad(
+        g, rows, offs_n, mask_m, weight, pre_ptr, d_pre_ptr, wa_ptr, alpha, limit, inter,
+        ACTIVATION, INTERLEAVED,
+    )  # fmt: skip
+    tl.store(dot_ptr + pairs * blocks_n + block, dots, mask=mask_m)
 
 
 @triton.jit

@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from spac.kernels.common import (
-    activate,
     copy_args,
     down_args,
     gate_up_args,
     gate_up_tile,
     matmul_tile,
+    store_hidden,
     weight_pointer,
 )
 from spac.kernels.config import Tile
@@ -96,15 +96,10 @@ def _gate_up_rows(
     )
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = mask_m[:, None] & (offs_n < inter)[None, :]
-    if SAVE:
-        columns = offs_n * (2 if INTERLEAVED else 1)
-        pre_ptrs = pre_ptr + rows[:, None] * (2 * inter) + columns[None, :]
-        tl.store(pre_ptrs, gate.to(pre_ptr.dtype.element_ty), mask=mask)
-        pre_ptrs += 1 if INTERLEAVED else inter
-        tl.store(pre_ptrs, up.to(pre_ptr.dtype.element_ty), mask=mask)
-    h = activate(gate, up, alpha, limit, ACTIVATION)
-    h_ptrs = h_ptr + rows[:, None] * inter + offs_n[None, :]
-    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
+    store_hidden(
+        gate, up, rows, offs_n, mask, h_ptr, pre_ptr, alpha, limit, inter, ACTIVATION,
+        INTERLEAVED, SAVE,
+    )  # fmt: skip
 
 
 @triton.jit

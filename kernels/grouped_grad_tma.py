@@ -9,41 +9,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from spac.kernels.common import activate, activate_backward
+from spac.kernels.common import store_hidden_grad
 from spac.kernels.config import Tile
 from spac.kernels.dot import dot
 from spac.kernels.plan import Plan
-
-
-@triton.jit
-def _hidden_half(
-    g,
-    offs_n,
-    rows,
-    mask_m,
-    weight,
-    pre_ptr,
-    d_pre_ptr,
-    wa_ptr,
-    alpha,
-    limit,
-    inter,
-    ACTIVATION: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Stores d_pre and w * a of some columns; returns their sums of a * g."""
-    mask = mask_m[:, None] & (offs_n < inter)[None, :]
-    columns = rows[:, None] * (2 * inter) + (offs_n * (2 if INTERLEAVED else 1))[None, :]
-    up_columns = columns + (1 if INTERLEAVED else inter)
-    gate = tl.load(pre_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(pre_ptr + up_columns, mask=mask, other=0.0).to(tl.float32)
-    a = activate(gate, up, alpha, limit, ACTIVATION)
-    dtype = d_pre_ptr.dtype.element_ty
-    tl.store(wa_ptr + rows[:, None] * inter + offs_n[None, :], (weight * a).to(dtype), mask=mask)
-    d_gate, d_up = activate_backward(gate, up, alpha, limit, ACTIVATION)
-    tl.store(d_pre_ptr + columns, (weight * g * d_gate).to(dtype), mask=mask)
-    tl.store(d_pre_ptr + up_columns, (weight * g * d_up).to(dtype), mask=mask)
-    return tl.sum(a * g, axis=1)
 
 
 @triton.jit
@@ -106,12 +75,12 @@ def _hidden_grad_tma_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     offs_n = n0 + tl.arange(0, HALF)
-    dots = _hidden_half(
-        left, offs_n, rows, mask_m, weight, pre_ptr, d_pre_ptr, wa_ptr, alpha, limit, inter,
+    dots = store_hidden_grad(
+        left, rows, offs_n, mask_m, weight, pre_ptr, d_pre_ptr, wa_ptr, alpha, limit, inter,
         ACTIVATION, INTERLEAVED,
     )  # fmt: skip
-    dots += _hidden_half(
-        right, offs_n + HALF, rows, mask_m, weight, pre_ptr, d_pre_ptr, wa_ptr, alpha, limit,
+    dots += store_hidden_grad(
+        right, rows, offs_n + HALF, mask_m, weight, pre_ptr, d_pre_ptr, wa_ptr, alpha, limit,
         inter, ACTIVATION, INTERLEAVED,
     )  # fmt: skip
     tl.store(dot_ptr + pairs * blocks_n + block, dots, mask=mask_m)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from spac.kernels.common import activate
+from spac.kernels.common import split_gate_up, store_hidden
 from spac.kernels.config import Tile
 from spac.kernels.dot import dot
 from spac.kernels.plan import Plan
@@ -60,22 +60,14 @@ def _gate_up_tile(
         w = w_desc.load([slot, 0, w0, k0]).reshape(2 * BLOCK_N, BLOCK_K).T
         acc = dot(x, w, acc)
         x_ptrs += BLOCK_K
-    if INTERLEAVED:
-        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
-    else:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+    gate, up = split_gate_up(acc, BLOCK_M, BLOCK_N, INTERLEAVED)
     rows = (row0 + offs_m).to(tl.int64)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = (offs_m < used)[:, None] & (offs_n < inter)[None, :]
-    if SAVE:
-        columns = offs_n * (2 if INTERLEAVED else 1)
-        pre_ptrs = pre_ptr + rows[:, None] * (2 * inter) + columns[None, :]
-        tl.store(pre_ptrs, gate.to(pre_ptr.dtype.element_ty), mask=mask)
-        pre_ptrs += 1 if INTERLEAVED else inter
-        tl.store(pre_ptrs, up.to(pre_ptr.dtype.element_ty), mask=mask)
-    h = activate(gate, up, alpha, limit, ACTIVATION)
-    h_ptrs = h_ptr + rows[:, None] * inter + offs_n[None, :]
-    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
+    store_hidden(
+        gate, up, rows, offs_n, mask, h_ptr, pre_ptr, alpha, limit, inter, ACTIVATION,
+        INTERLEAVED, SAVE,
+    )  # fmt: skip
 
 
 @triton.jit
