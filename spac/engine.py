@@ -33,7 +33,7 @@ from spac.prefill import Prefill, Prompt, area_experts
 from spac.pull import Pull, most_places
 from spac.split import Split, Work
 from spac.staging import Staging
-from spac.state import LayerState
+from spac.state import Follower, LayerState
 from spac.store import HostStore
 
 COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
@@ -77,8 +77,8 @@ class Engine:
             self.control.keeps = area_experts(layouts[0]) > 0
             # What stays needs no copy: the link may as well read.
             self.control.split = Split(costs, num_experts, 1.0 if self.control.keeps else 1.05)
-            self._streams_shown = self.control.split.streams
-            self.streams = torch.from_numpy(self._streams_shown).to(device)
+            self._streams = Follower(self.control.split.streams, device)
+            self.streams = self._streams.tensor
         self.prefill: Prefill | None = None
         room = torch.empty(0)
         if self.control.keeps:
@@ -90,8 +90,8 @@ class Engine:
         self.counters, self.streamed = self._state.counters, self._state.streamed
         # What the GPU reads comes by this; without it, the kernels read it where it lies.
         self.pull = Pull(room, self._state.exchanged, layouts) if len(room) else None
-        self.bounds = torch.from_numpy(self.control.bounds).to(device)
-        self._bounds_shown = self.control.bounds
+        self._bounds = Follower(self.control.bounds, device)
+        self.bounds = self._bounds.tensor
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
         self.host_tables = [store.table(layer) for layer in range(num_layers)]
         self.slot_tables = [
@@ -307,16 +307,9 @@ class Engine:
         last_width, self._width = self._width, width
         self.windows += 1
         self._began = time.perf_counter()
-        split = self.control.split
-        if split is not None and self.streams is not None:
-            streams = split.streams
-            if streams is not self._streams_shown:
-                self.streams.copy_(torch.from_numpy(streams))
-                self._streams_shown = streams
-        bounds = self.control.bounds
-        if bounds is not self._bounds_shown:
-            self.bounds.copy_(torch.from_numpy(bounds))
-            self._bounds_shown = bounds
+        if self.control.split is not None:
+            self._streams.follow(self.control.split.streams)
+        self._bounds.follow(self.control.bounds)
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
         if self.copier.is_alive():
@@ -339,7 +332,8 @@ class Engine:
         if self.pull is not None:
             state = state or self._state.on_host()
             self.pull.check()
-            self.pull.show(self.control.value)
+            if self.control.value is not None:
+                self.pull.value.follow(self.control.value)
             self.pull.learn(state.exchanged, self.pool)
 
     def _work(self, width: int, state: LayerState) -> Work | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spac.layout import ExpertLayout, Places
 from spac.pool import SlotPool
+from spac.state import Follower
 
 MOST_PLACES = 8
 _WAITING_UNITS = 32  # of an expert's intermediate units: what one waiting program computes
@@ -39,10 +40,9 @@ class Pull:
         self._bytes = [layout.blob_bytes for layout in layouts]
         self._exchanged = exchanged
         shape = len(layouts), layouts[0].num_experts
-        self._value = torch.full(shape, -torch.inf, device=memory.device)  # nothing stays
-        self._staging = torch.empty(shape, pin_memory=memory.is_cuda)
-        self._shown: np.ndarray | None = None
-        self.places = Places.over(memory, self._value, exchanged)
+        # What experts are worth, float32 [L, E]; nothing stays until that is known.
+        self.value = Follower(np.full(shape, -np.inf, dtype=np.float32), memory.device)
+        self.places = Places.over(memory, self.value.tensor, exchanged)
         self._stream: torch.cuda.Stream | None = None
         if memory.is_cuda:
             # First in the queue, since those that wait for it must not keep it out.
@@ -68,13 +68,6 @@ class Pull:
         """RuntimeError if an expert did not come in time."""
         if int(self.places[0].failed):
             raise RuntimeError("spac: an expert did not cross the link in time; detach and attach")
-
-    def show(self, value: np.ndarray | None) -> None:
-        """What experts are worth from the next window on, float32 [L, E]; replaced, not changed."""
-        if value is not None and value is not self._shown:
-            self._staging.copy_(torch.from_numpy(value))
-            self._value.copy_(self._staging, non_blocking=True)
-            self._shown = value
 
     def learn(self, exchanged: Tensor, pool: SlotPool) -> None:
         """Tell the pool what the last window exchanged: the state's part, in host memory."""

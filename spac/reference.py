@@ -245,8 +245,8 @@ def split_window(
     value = torch.zeros_like(counts, dtype=torch.float32)
     if places is not None:
         take, value = min(take, len(places.source)), places.value
-    numbers = (t.cpu().numpy() for t in (counts, value, value + counts, address != 0))
-    chosen = stream_and_keep(*numbers, take)
+    n, worth, key, here = (t.cpu().numpy() for t in (counts, value, value + counts, address != 0))
+    chosen = stream_and_keep(n, worth, key, here, take)
     coming, new, old = (torch.from_numpy(experts).to(ids.device) for experts in chosen)
     streamed += len(coming)
     targets = host[coming]

@@ -1,9 +1,10 @@
-"""What the windows of all layers change on the device, in one piece of memory."""
+"""What windows change on the device, in one piece of memory, and what the host changes there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,3 +57,19 @@ class LayerState:
         # the cores of the CPU's FFN.
         memory = torch.from_numpy(self.staging.numpy().copy())
         return LayerState._of(memory, self.staging, *self.utility.shape)
+
+
+class Follower:
+    """`tensor` on the device: an array of the host that is replaced now and then, never changed."""
+
+    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+        self.tensor = torch.tensor(array, device=device)
+        self._staging = torch.empty_like(self.tensor, device="cpu", pin_memory=self.tensor.is_cuda)
+        self._shown = array
+
+    def follow(self, array: np.ndarray) -> None:
+        """Show `array` to the kernels launched from here; those launched before have ended."""
+        if array is not self._shown:
+            self._staging.copy_(torch.from_numpy(array))
+            self.tensor.copy_(self._staging, non_blocking=True)
+            self._shown = array
