@@ -128,8 +128,8 @@ def generate(
             "generate: the model's logits are not numbers: its weights are damaged, or "
             f"{row.dtype} overflows"
         )
-    accepted, new = _accept(row, tokens[:0], None, warp, tokens, generator)
-    tokens, done = _append(tokens, new, result, max_new_tokens, eos, streamer)
+    _, new, ids = _accept(row, tokens[:0], None, warp, tokens, generator)
+    tokens, done = _append(tokens, new, ids, result, max_new_tokens, eos, streamer)
     result.prefill_seconds = time.perf_counter() - start
     while not done:
         began = time.perf_counter()
@@ -143,10 +143,10 @@ def generate(
         began += captured
         drafted_at = time.perf_counter()
         logits = target.verify(window)
-        accepted, new = _accept(logits, drafted, probs, warp, tokens, generator)
+        accepted, new, ids = _accept(logits, drafted, probs, warp, tokens, generator)
         if engine is not None:
             engine.settle(accepted)
-        kept = int(accepted)
+        kept = len(ids) - 1
         target.finish(drafted.numel() - kept)
         ended = time.perf_counter()
         result.target_forwards += 1
@@ -155,7 +155,7 @@ def generate(
         result.gammas.append(drafted.numel())
         chooser.observe(drafted.numel(), kept, ended - drafted_at, drafted_at - began)
         result.capture_seconds += captured
-        tokens, done = _append(tokens, new, result, max_new_tokens, eos, streamer)
+        tokens, done = _append(tokens, new, ids, result, max_new_tokens, eos, streamer)
         result.decode_seconds += ended - began
     if streamer is not None:
         streamer.end()
@@ -198,8 +198,8 @@ def _accept(
     warp: Warp | None,
     tokens: Tensor,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """(accepted [], new ids [accepted + 1]) for the window's logits [W, V]."""
+) -> tuple[Tensor, Tensor, list[int]]:
+    """(accepted [], new ids [accepted + 1], the same on the host) for the window's logits [W, V]."""
     if warp is not None:
         logits = warp(tokens[None], logits)
     if generator is None:
@@ -207,19 +207,22 @@ def _accept(
     else:
         uniform = torch.rand(drafted.numel() + 1, device=logits.device, generator=generator)
         outcome = ops.accept_sample(logits, drafted, probs, uniform)
-    return outcome[0], torch.cat([drafted[: int(outcome[0])], outcome[1:]])
+    kept, following, *ids = torch.cat([outcome, drafted]).tolist()  # the only wait
+    return outcome[0], torch.cat([drafted[:kept], outcome[1:]]), [*ids[:kept], following]
 
 
 def _append(
     tokens: Tensor,
     new: Tensor,
+    ids: list[int],
     result: GenerationResult,
     max_new_tokens: int,
     eos: set[int],
     streamer: Any,
 ) -> tuple[Tensor, bool]:
-    """Add `new` up to the limit or the first end-of-sequence token; True when done."""
-    ids = new.tolist()[: max_new_tokens - result.new_tokens]
+    """Add `new` (`ids` on the host) up to the limit or the first end-of-sequence token; True when
+    done."""
+    ids = ids[: max_new_tokens - result.new_tokens]
     end = next((i for i, token in enumerate(ids) if token in eos), None)
     if end is not None:
         ids = ids[: end + 1]

@@ -94,7 +94,9 @@ def test_a_snapshot_that_comes_late_keeps_its_prompt(tiny_moe):
 
 def test_after_a_prompt_every_slot_may_change_at_once(tiny_moe):
     model = tiny_moe()
-    spac.attach(model, bytes_for_ratio(model, 0.4, SpacConfig()), max_copies=1)
+    spac.attach(
+        model, bytes_for_ratio(model, 0.4, SpacConfig()), max_copies=1, stream_missing=False
+    )
     engine = attachment(model).engine
     copier, pool = engine.copier, engine.pool
     copier.close()
