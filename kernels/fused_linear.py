@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spac.kernels.common import activate, gate_up_tile, matmul_tile
 from spac.kernels.config import TOKEN_ROWS, Tile, device_of, fit
+from spac.kernels.pdl import let_next_start, pdl_args, wait_for_previous
 
 _PROGRAMS = 264  # two for each multiprocessor of an H200
 _PIECE = 256  # the shortest sum of a part
@@ -50,6 +51,7 @@ def _linear_kernel(
     N,
     K,
     piece,
+    EARLY: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,6 +63,8 @@ def _linear_kernel(
     The matrices lie behind w_ptr one below the other, but from row rows_1 on `second` elements
     further, from row rows_2 on `third`.
     """
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     part = tl.program_id(1)
     offs_t = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -96,12 +100,15 @@ def _gated_kernel(
     N,
     K,
     ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out[t, n] = act(gate_n . x_t) * up_n . x_t, up_offset elements between the matrices."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     offs_t = tl.arange(0, BLOCK_M)
     n0 = tl.program_id(0) * BLOCK_N
     gate, up = gate_up_tile(
@@ -131,12 +138,15 @@ def _add_norm_kernel(
     ADD: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    let_next_start(EARLY)
     offs = tl.arange(0, BLOCK)
     mask, at = offs < K, tl.program_id(0) * K + offs
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(EARLY)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         y = load_parts(parts_ptr + at, mask, stride_p, PARTS, DTYPE)
         total = (x + y.to(tl.float32)).to(DTYPE)
@@ -174,6 +184,7 @@ def fused_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
         N=N,
         K=K,
         piece=piece,
+        **pdl_args(x.device),
         EVEN_K=K % tile.block_k == 0,
         **tile.launch(),
     )
@@ -196,15 +207,18 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         N=N,
         K=K,
         ACTIVATION=activation,
+        **pdl_args(x.device),
         EVEN_K=K % tile.block_k == 0,
         **tile.launch(),
     )
     return out
 
 
-def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, chained: bool = True
+) -> tuple[Tensor, Tensor]:
     """x [T, K] plus the sum of `parts` [P, T, K], and RMSNorm of that, rounded as transformers has
-    it. x and weight [K] of one dtype."""
+    it. x and weight [K] of one dtype. chained: see kernels/pdl.py."""
     T, K = x.shape
     x = x.contiguous()
     if parts is not None and (parts.shape[1:] != x.shape or not parts.is_contiguous()):
@@ -222,6 +236,7 @@ def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tup
         ADD=parts is not None,
         BLOCK=triton.next_power_of_2(K),
         num_warps=8,
+        **pdl_args(x.device, chained),
         **parts_args(x[None] if parts is None else parts, x.dtype),
     )
     return total, out

@@ -16,6 +16,7 @@ from torch import Tensor
 from spac.kernels.config import TOKEN_ROWS
 from spac.kernels.dot import dot
 from spac.kernels.fused_linear import load_parts, parts_args
+from spac.kernels.pdl import let_next_start, pdl_args, wait_for_previous
 
 _BLOCK = 32  # cached positions that are read at a time
 _PROGRAMS = 132
@@ -124,12 +125,15 @@ def _window_attention_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Grid (key heads, SPLITS + 1). Row r of a key head is token r // GROUPS, query head r % GROUPS
     of its group. part [kv_heads, SPLITS + 1, ROWS, D], top and total [.., ROWS]; scale for exp2.
     """
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head, split = tl.program_id(0), tl.program_id(1)
     length = tl.load(length_ptr).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
@@ -198,9 +202,12 @@ def _sum_parts_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
     ALL: tl.constexpr,
 ):
     """out [W, heads, D]: the parts of each row, scaled to a common maximum. Grid (heads, W)."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head, t = tl.program_id(0), tl.program_id(1)
     length = tl.load(length_ptr).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
@@ -264,6 +271,7 @@ def window_attention(
         "ROWS": rows,
         "BLOCK": _BLOCK,
         "SPLITS": splits,
+        **pdl_args(qkv.device),
     }
     _window_attention_kernel[(kv_heads, splits + 1)](
         qkv_ptr=qkv,

@@ -38,7 +38,7 @@ def few_launches(model: PreTrainedModel) -> Iterator[None]:
     They leave the lengths of the cache's layers to the caller. Only for models that `can_run`.
     """
     layers = _decoder_layers(model)
-    pending: list[Tensor] = []
+    pending: list[tuple[Tensor, bool]] = []
     try:
         for layer in layers:
             forward = functools.partial(_forward, layer, pending, layer is layers[-1])
@@ -71,7 +71,7 @@ def _known(layer: Any) -> bool:
 
 def _forward(
     layer: Any,
-    pending: list[Tensor],
+    pending: list[tuple[Tensor, bool]],
     last: bool,
     hidden_states: Tensor,
     *,
@@ -79,12 +79,16 @@ def _forward(
     past_key_values: Any,
     **_: Any,
 ) -> Tensor:
-    """A layer leaves the sum behind its MLP to the next one's norm, which finds it in `pending`."""
+    """A layer leaves the sum behind its MLP to the next one's norm, which finds it in `pending`.
+
+    With it: whether that norm may start early (kernels/pdl.py), so not behind experts, whose
+    kernels may wait for the CPU or for a copy, nor behind what is not ours.
+    """
     from spac.kernels.fused_linear import add_norm, fused_gated, fused_linear
 
-    before = pending.pop() if pending else None
+    before, chained = pending.pop() if pending else (None, False)
     norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
-    hidden, x = add_norm(hidden_states[0], before, norm.weight, norm.variance_epsilon)
+    hidden, x = add_norm(hidden_states[0], before, norm.weight, norm.variance_epsilon, chained)
     heads = _attention(attention, x, position_embeddings, past_key_values)
     after = fused_linear(heads, [attention.o_proj.weight])
     norm = layer.post_attention_layernorm
@@ -98,7 +102,7 @@ def _forward(
     if last:
         hidden = hidden + rest.sum(0).to(hidden.dtype)
     else:
-        pending.append(rest)
+        pending.append((rest, not hasattr(mlp, "experts")))
     return hidden[None]
 
 
