@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spac.kernels.common import activate, gate_up_tile, matmul_tile
 from spac.kernels.config import TOKEN_ROWS, Tile, device_of, fit
-from spac.kernels.pdl import let_next_start, pdl_args, wait_for_previous
+from spac.kernels.pdl import let_next_start, pdl_args, prefetch, wait_for_previous
 
 _PROGRAMS = 264  # two for each multiprocessor of an H200
 _PIECE = 256  # the shortest sum of a part
@@ -64,22 +64,25 @@ def _linear_kernel(
     further, from row rows_2 on `third`.
     """
     let_next_start(EARLY)
-    wait_for_previous(EARLY)
     part = tl.program_id(1)
     offs_t = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gap = tl.where(offs_n < rows_1, 0, tl.where(offs_n < rows_2, second, third))
     begin = part * piece
+    end = tl.minimum(piece, K - begin)
+    offs_w = offs_n.to(tl.int64) * K + gap + begin
+    prefetch(w_ptr, offs_w, offs_n < N, end, 4, EARLY)
+    wait_for_previous(EARLY)
     y = matmul_tile(
         x_ptr + begin,
         offs_t,
         stride_xt,
         offs_t < T,
         w_ptr,
-        offs_n.to(tl.int64) * K + gap + begin,
+        offs_w,
         offs_n < N,
         1,
-        tl.minimum(piece, K - begin),
+        end,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -108,9 +111,13 @@ def _gated_kernel(
 ):
     """out[t, n] = act(gate_n . x_t) * up_n . x_t, up_offset elements between the matrices."""
     let_next_start(EARLY)
-    wait_for_previous(EARLY)
     offs_t = tl.arange(0, BLOCK_M)
     n0 = tl.program_id(0) * BLOCK_N
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs_w = offs_n.to(tl.int64) * K
+    prefetch(gate_ptr, offs_w, offs_n < N, K, 8, EARLY)
+    prefetch(gate_ptr, offs_w + up_offset, offs_n < N, K, 8, EARLY)
+    wait_for_previous(EARLY)
     gate, up = gate_up_tile(
         x_ptr, offs_t, stride_xt, offs_t < T, gate_ptr, gate_ptr, K, 1, up_offset, 0, 0, n0, K, N,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, False,
@@ -120,7 +127,6 @@ def _gated_kernel(
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
     act = activate(gate, tl.full(gate.shape, 1.0, tl.float32), 0.0, 0.0, ACTIVATION)
     y = (act.to(dtype).to(tl.float32) * up).to(dtype)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = (offs_t < T)[:, None] & (offs_n < N)[None, :]
     tl.store(out_ptr + offs_t[:, None] * N + offs_n[None, :], y, mask=mask)
 
@@ -184,7 +190,7 @@ def fused_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
         N=N,
         K=K,
         piece=piece,
-        **pdl_args(x.device),
+        **pdl_args(x.device, read_early=weights),
         EVEN_K=K % tile.block_k == 0,
         **tile.launch(),
     )
@@ -207,7 +213,7 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         N=N,
         K=K,
         ACTIVATION=activation,
-        **pdl_args(x.device),
+        **pdl_args(x.device, read_early=[gate, up]),
         EVEN_K=K % tile.block_k == 0,
         **tile.launch(),
     )

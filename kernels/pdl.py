@@ -21,9 +21,12 @@ interpreter compile none of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from spac.kernels.config import device_of
@@ -32,15 +35,19 @@ OFF, WAIT, WEIGHTS = range(3)
 MODE = WEIGHTS  # WAIT: start early, but do nothing before the previous kernel is complete
 
 
-def pdl_args(device: torch.device, chained: bool = True) -> dict[str, int | bool]:
+def pdl_args(
+    device: torch.device, chained: bool = True, read_early: Sequence[Tensor] = ()
+) -> dict[str, int | bool]:
     """Keyword arguments of a launch whose kernel has EARLY, one of the modes above.
 
-    chained: it may start early; False: only the next one may.
+    chained: it may start early; False: only the next one may. read_early: what it gives to
+    `prefetch`, which takes rows of whole 16 bytes; with others it does nothing before it waits.
     """
     hopper = device.type == "cuda" and torch.version.hip is None and device_of(device).major >= 9
     if not hopper or MODE == OFF:
         return {"EARLY": OFF}
-    return {"EARLY": MODE, "launch_pdl": chained}
+    whole = all(t.data_ptr() % 16 == t.shape[-1] * t.itemsize % 16 == 0 for t in read_early)
+    return {"EARLY": MODE if whole else WAIT, "launch_pdl": chained}
 
 
 @triton.jit
@@ -55,3 +62,27 @@ def wait_for_previous(EARLY: tl.constexpr):
     """All kernels in front are complete, and what they wrote can be read."""
     if EARLY > 0:
         gdc_wait()
+
+
+@triton.jit
+def prefetch(ptr, offs, mask, length, CHUNKS: tl.constexpr, EARLY: tl.constexpr):
+    """Fetches `length` elements behind each ptr + offs [N] into L2, in up to CHUNKS requests each.
+
+    Nothing waits for them. Starts and lengths in bytes are multiples of 16. A warp makes its
+    threads' requests one after the other, so they are large and N * CHUNKS is the threads' number.
+    """
+    if EARLY > 1:
+        ITEM: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        chunk = tl.maximum(512, tl.cdiv(tl.cdiv(length, CHUNKS), 64) * 64)
+        begin = tl.arange(0, CHUNKS) * chunk
+        nbytes = tl.minimum(tl.maximum(length - begin, 0), chunk) * ITEM
+        nbytes = tl.where(mask[:, None], nbytes[None, :], 0)
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.gt.s32 p, $2, 0;
+            @p cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r", [ptr + offs[:, None] + begin[None, :], nbytes], tl.int32, False, 1,
+        )  # fmt: skip

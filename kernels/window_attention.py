@@ -16,7 +16,7 @@ from torch import Tensor
 from spac.kernels.config import TOKEN_ROWS
 from spac.kernels.dot import dot
 from spac.kernels.fused_linear import load_parts, parts_args
-from spac.kernels.pdl import let_next_start, pdl_args, wait_for_previous
+from spac.kernels.pdl import let_next_start, pdl_args, prefetch, wait_for_previous
 
 _BLOCK = 32  # cached positions that are read at a time
 _PROGRAMS = 132
@@ -95,6 +95,15 @@ def _step(q_lo, q_hi, k_lo, k_hi, v, mask, scale, top, total, acc):
     return new_top, total, acc
 
 
+@triton.jit
+def _share(length_ptr, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Cached positions begin..end of a program; none for the one that has the window itself."""
+    length = tl.load(length_ptr).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    begin = tl.minimum(split * share, length)
+    return begin, tl.where(split == SPLITS, begin, tl.minimum(begin + share, length))
+
+
 @triton.jit(do_not_specialize=["W"])
 def _window_attention_kernel(
     qkv_ptr,
@@ -133,12 +142,16 @@ def _window_attention_kernel(
     of its group. part [kv_heads, SPLITS + 1, ROWS, D], top and total [.., ROWS]; scale for exp2.
     """
     let_next_start(EARLY)
-    wait_for_previous(EARLY)
     head, split = tl.program_id(0), tl.program_id(1)
+    cache = head.to(tl.int64) * stride_head
+    if EARLY > 1:  # rows of earlier windows; whatever the length is now, these are of the cache
+        begin, end = _share(length_ptr, split, SPLITS, BLOCK)
+        offs_c = cache + begin * D + tl.arange(0, 1)
+        prefetch(keys_ptr, offs_c, offs_c >= 0, (end - begin) * D, 128, EARLY)
+        prefetch(values_ptr, offs_c, offs_c >= 0, (end - begin) * D, 128, EARLY)
+    wait_for_previous(EARLY)
     length = tl.load(length_ptr).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    begin = tl.minimum(split * share, length)
-    end = tl.where(split == SPLITS, begin, tl.minimum(begin + share, length))
+    begin, end = _share(length_ptr, split, SPLITS, BLOCK)
     if (begin >= end) & (split != SPLITS):
         return
     rows = tl.arange(0, ROWS)
@@ -153,7 +166,6 @@ def _window_attention_kernel(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     offs_h, offs_d = tl.arange(0, HALF)[:, None], tl.arange(0, BLOCK_D)[None, :]
     half: tl.constexpr = D // 2
-    cache = head.to(tl.int64) * stride_head
     for n0 in range(begin, end, BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         k_ptrs = keys_ptr + cache + n[None, :] * D + offs_h

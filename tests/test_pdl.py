@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def compile_only(kernel, *args, grid, warmup, **options):
 driver.set_active(Driver())
 run, jit.JITFunction.run = jit.JITFunction.run, compile_only
 from spac.kernels import fused_linear, route, window_attention
-early = lambda device, chained=True: {"EARLY": MODE, "launch_pdl": chained}
+early = lambda device, chained=True, read_early=(): {"EARLY": MODE, "launch_pdl": chained}
 for module in (fused_linear, route, window_attention):
     module.pdl_args = early
 x, w, norm = (torch.zeros(s, dtype=torch.float16) for s in ((9, 512), (512, 512), (512,)))
@@ -46,7 +47,13 @@ window_attention.window_attention(
     parts, turn, turn, norm[:128], norm[:128], 1e-6, cache, cache, torch.tensor(7), 1.0
 )
 """
-BEFORE = {"_add_norm_kernel": {"ld.global"}}  # the norm's weight
+# The norm's weight; the length of the cache, only to know what to prefetch.
+BEFORE = {
+    (pdl.WAIT, "_add_norm_kernel"): {"ld.global": 1},
+    (pdl.WEIGHTS, "_add_norm_kernel"): {"ld.global": 1},
+    (pdl.WEIGHTS, "_window_attention_kernel"): {"ld.global": 1},
+}
+PREFETCHES = {"_linear_kernel": 1, "_gated_kernel": 2, "_window_attention_kernel": 2}
 
 
 @pytest.mark.parametrize("mode", [pdl.WAIT, pdl.WEIGHTS])
@@ -68,7 +75,9 @@ def test_nothing_that_others_write_is_touched_before_the_wait(mode, monkeypatch)
         )
         before, after = kernel.split("griddepcontrol.wait")
         touched = r"\b(?:ld\.global|st\.global|cp\.async\.c[ag]|atom|red\.)"
-        assert set(re.findall(touched, before)) <= BEFORE.get(name, set()), name
+        assert Counter(re.findall(touched, before)) == BEFORE.get((mode, name), {}), name
+        fetched = before.count("cp.async.bulk.prefetch.L2.global")
+        assert fetched == (PREFETCHES.get(name, 0) if mode == pdl.WEIGHTS else 0)
         assert "st.global" in after and re.search(touched, after)
         assert "launch_dependents" not in after
 
@@ -85,6 +94,9 @@ def test_only_hopper_starts_early(monkeypatch):
     device = torch.device("cuda")
     assert pdl.pdl_args(device) == {"EARLY": pdl.WEIGHTS, "launch_pdl": True}
     assert pdl.pdl_args(device, False) == {"EARLY": pdl.WEIGHTS, "launch_pdl": False}
+    whole = torch.zeros(6, 24, dtype=torch.float16)
+    for tensor, mode in ((whole, pdl.WEIGHTS), (whole[:, :12], pdl.WAIT), (whole[0, 1:], pdl.WAIT)):
+        assert pdl.pdl_args(device, read_early=[whole, tensor])["EARLY"] == mode
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert pdl.pdl_args(device) == {"EARLY": pdl.OFF}
     monkeypatch.setattr(torch.version, "hip", None)
