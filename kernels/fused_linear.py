@@ -19,7 +19,8 @@ from spac.kernels.config import TOKEN_ROWS, Tile, device_of, fit
 from spac.kernels.dot import dot
 from spac.kernels.pdl import let_next_start, pdl_args, prefetch, wait_for_previous
 
-_PROGRAMS = 264  # two for each multiprocessor of an H200
+PROGRAMS = 264  # that a product aims at: two for each multiprocessor of an H200
+GATED_COLUMNS = 16  # of gate and of up in a program
 _PIECE = 256  # the shortest sum of a part
 _WARPS = tl.constexpr(4)
 
@@ -204,7 +205,7 @@ def fused_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     N = sum(rows)
     tile = _tile(x, 32, 1)
     blocks = triton.cdiv(N, tile.block_n)
-    parts = max(1, min(2 ** round(math.log2(max(1, _PROGRAMS / blocks))), K // _PIECE))
+    parts = max(1, min(2 ** round(math.log2(max(1, PROGRAMS / blocks))), K // _PIECE))
     piece = triton.cdiv(triton.cdiv(K, parts), tile.block_k) * tile.block_k
     parts = triton.cdiv(K, piece)
     out = torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
@@ -234,7 +235,7 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     T, K = _check(x, [gate, up], 2)
     N = gate.shape[0]
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    tile = _tile(x, 16, 2)
+    tile = _tile(x, GATED_COLUMNS, 2)
     _gated_kernel[(triton.cdiv(N, tile.block_n),)](
         x,
         x.stride(0),
@@ -282,7 +283,7 @@ def add_norm(
 
 def _tile(x: Tensor, block_n: int, columns: int) -> Tile:
     if x.dtype == torch.float32:
-        return Tile(TOKEN_ROWS, 16, 64, _WARPS.value, 2)
+        return Tile(TOKEN_ROWS, min(block_n, 16), 64, _WARPS.value, 2)
     shared = device_of(x.device).shared
     return fit(Tile(TOKEN_ROWS, block_n, 128, _WARPS.value, 5), columns, x.element_size(), shared)
 
