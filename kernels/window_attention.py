@@ -152,8 +152,7 @@ def _window_attention_kernel(
     wait_for_previous(EARLY)
     length = tl.load(length_ptr).to(tl.int32)
     begin, end = _share(length_ptr, split, SPLITS, BLOCK)
-    if (begin >= end) & (split != SPLITS):
-        return
+    # Programs without positions leave zeros: nobody has to wait for the length to know of them.
     rows = tl.arange(0, ROWS)
     t, g = rows // GROUPS, rows % GROUPS
     at = t * stride_t + (head * GROUPS + g) * D
@@ -205,14 +204,12 @@ def _sum_parts_kernel(
     part_ptr,
     top_ptr,
     total_ptr,
-    length_ptr,
     out_ptr,
     heads,
     GROUPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
     ALL: tl.constexpr,
@@ -221,10 +218,8 @@ def _sum_parts_kernel(
     let_next_start(EARLY)
     wait_for_previous(EARLY)
     head, t = tl.program_id(0), tl.program_id(1)
-    length = tl.load(length_ptr).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     offs_s, offs_d = tl.arange(0, ALL), tl.arange(0, BLOCK_D)
-    used = ((offs_s * share < length) & (offs_s < SPLITS)) | (offs_s == SPLITS)
+    used = offs_s <= SPLITS
     row = (head // GROUPS * (SPLITS + 1) + offs_s) * ROWS + t * GROUPS + head % GROUPS
     top = tl.load(top_ptr + row, mask=used, other=float("-inf"))
     scale = tl.exp2(top - tl.max(top, axis=0))
@@ -281,7 +276,6 @@ def window_attention(
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "ROWS": rows,
-        "BLOCK": _BLOCK,
         "SPLITS": splits,
         **pdl_args(qkv.device),
     }
@@ -307,12 +301,13 @@ def window_attention(
         HALF=max(16, triton.next_power_of_2(D // 2)),
         NORM=q_norm is not None,
         TOKENS=TOKEN_ROWS,
+        BLOCK=_BLOCK,
         num_warps=8 if rows > 64 else 4,
         **parts_args(qkv, keys.dtype),
         **shared,
     )
     _sum_parts_kernel[(heads, W)](
-        part, top, total, length, out, heads, ALL=triton.next_power_of_2(splits + 1), num_warps=4,
+        part, top, total, out, heads, ALL=triton.next_power_of_2(splits + 1), num_warps=4,
         **shared,
     )  # fmt: skip
     return out

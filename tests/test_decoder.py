@@ -109,8 +109,12 @@ def attention_case(W, heads, kv, D, length, room, dtype, device):
     "W, heads, kv, D, length",
     [(1, 4, 2, 8, 0), (1, 8, 1, 16, 37), (9, 4, 4, 24, 64), (3, 6, 2, 32, 33), (16, 2, 1, 64, 5)],
 )
-def test_window_attention(device, dtype, W, heads, kv, D, length):
-    """The cache beyond `length` is poison: nothing there is read."""
+def test_window_attention(device, dtype, W, heads, kv, D, length, monkeypatch):
+    """The cache beyond `length` is poison, and so are the parts: nothing there is read."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan"))
+    )
     qkv, cos, sin, (keys, values), n = attention_case(
         W, heads, kv, D, length, 96, dtype, torch.device(device)
     )
