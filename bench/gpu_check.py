@@ -37,7 +37,7 @@ from spac.layout import ExpertLayout, ExpertTable
 
 HBM, MATMUL = 4.3e12, 790e12  # H200, measured: docs/kernels.md
 WINDOWS = (1, 2, 4, 8, 9, 16, 32, 64, 256, 1024, 4096)
-PARTS = ("correctness", "timing", "decoder", "all")
+PARTS = ("correctness", "timing", "decoder", "steps", "all")
 DEV = "cuda"
 
 
@@ -302,6 +302,8 @@ def main(argv: list[str] | None = None) -> int:
         lines += timing(report)
     if args.part in ("decoder", "all"):
         lines += gpu_decoder.decoder(report)
+    if args.part in ("steps", "all"):
+        lines += gpu_decoder.steps(report)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         content = {"results": report.results, "failures": report.failures, "table": lines}

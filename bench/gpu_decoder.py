@@ -1,26 +1,46 @@
-"""Timings of gpu_check: the kernels around the experts (spac.decoder) beside torch."""
+"""Timings of gpu_check: the kernels around the experts (spac.decoder) beside torch, and whole steps
+of them with and without programmatic dependent launch (kernels/pdl.py)."""
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
+import spac.kernels.fused_linear as products
 from spac.bench.kernels import graph_seconds
+from spac.decoder import few_launches
+from spac.kernels import pdl
 from spac.kernels.fused_linear import add_norm, fused_gated, fused_linear
 from spac.kernels.route import route
 from spac.kernels.window_attention import window_attention
+from spac.target import StaticTarget
 
 # hidden, query heads, key heads, intermediate of the dense MLP (or None), experts (or None)
 SHAPES = {"qwen3-30b-a3b": (2048, 32, 4, None, 128), "qwen3-0.6b": (1024, 16, 8, 3072, None)}
 D, ROTATE = 128, 8
 DEV = "cuda"
+# Early start, programs of a product, columns of a gated one. Programs change the order of a sum.
+VARIANTS = {
+    "no early start": (pdl.OFF, 264, 16),
+    "early": (pdl.WAIT, 264, 16),
+    "early, weights before": (pdl.WEIGHTS, 264, 16),
+    "the same, gated by 8": (pdl.WEIGHTS, 264, 8),
+    "the same, 132 programs": (pdl.WEIGHTS, 132, 16),
+    "the same, 528 programs": (pdl.WEIGHTS, 528, 16),
+}
+CACHED, ROUNDS = 600, 200
 
 
 def decoder(report: Any) -> list[str]:
-    """A line for each kernel, shape and width: us of ours and of torch, GB/s of what ours reads."""
+    """A line for each kernel, shape and width: us of ours and of torch, GB/s of what ours reads.
+
+    The calls in turn need nothing of each other, so that those that start early overlap.
+    """
     lines = []
     for shape, (H, heads, kv, inter, experts) in SHAPES.items():
         matrices = {"qkv": [heads * D, kv * D, kv * D], "out": [H]}
@@ -109,3 +129,96 @@ def _attention(report: Any, name: str, W: int, heads: int, kv: int, length: int)
         ),
         4.0 * kv * D * length,
     )
+
+
+def steps(report: Any) -> list[str]:
+    """Forwards of random models in CUDA graphs, VARIANTS taking turns: median us of a step. Where
+    sums have the same order, each of the ROUNDS steps must give the same bits."""
+    lines = []
+    draft = Qwen3Config(**_sizes("qwen3-0.6b"), num_hidden_layers=28, vocab_size=151936)
+    lines += _steps(report, "qwen3-0.6b, a step", draft, (1, 2), 1)
+    layers = 24
+    target = Qwen3MoeConfig(
+        **_sizes("qwen3-30b-a3b"), num_hidden_layers=layers, vocab_size=1024,
+        num_experts=SHAPES["qwen3-30b-a3b"][-1], num_experts_per_tok=8, moe_intermediate_size=8,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    lines += _steps(report, "qwen3-30b-a3b, a layer without experts", target, (1, 9), layers)
+    return lines
+
+
+def _sizes(shape: str) -> dict[str, Any]:
+    H, heads, kv, inter, _ = SHAPES[shape]
+    sizes = {"hidden_size": H, "num_attention_heads": heads, "num_key_value_heads": kv}
+    sizes |= {"head_dim": D, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    return sizes | ({} if inter is None else {"intermediate_size": inter})
+
+
+class NoExperts(nn.Module):
+    """In place of the experts, to time what is around them."""
+
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return hidden
+
+
+def make_model(config: Any, device: str = DEV) -> PreTrainedModel:
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for layer in model.base_model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = NoExperts()
+    return model
+
+
+def _steps(report: Any, name: str, config: Any, widths: tuple[int, ...], layers: int) -> list[str]:
+    model = make_model(config)
+    nbytes = sum(p.numel() * p.element_size() for p in model.parameters())  # the head is tied
+    lines = [f"{name}: {nbytes / 4.3e6 / layers:.1f} us for its bytes at 4.3 TB/s"]
+    for width in widths:
+        label = f"{name}, W={width}"
+        times = report.part(label, lambda w=width: compare(model, w))
+        for variant, seconds in (times or {}).items():
+            lines.append(f"  {label}: {variant:24s} {seconds * 1e6 / layers:8.1f} us")
+    return lines
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, width: int) -> dict[str, float]:
+    """Median seconds of a graph of each variant. Raises AssertionError if their logits differ."""
+    prompt = torch.randint(0, model.config.vocab_size, (CACHED,), device=DEV)
+    targets = {}
+    chosen = pdl.MODE, products.PROGRAMS, products.GATED_COLUMNS
+    try:
+        for name, variant in VARIANTS.items():
+            pdl.MODE, products.PROGRAMS, products.GATED_COLUMNS = variant
+            target = targets[name] = StaticTarget(model, None, CACHED + 100)
+            target.prefill(prompt)
+            target.prepare(width)
+            if few_launches not in target._ways or width not in target.captured:
+                raise AssertionError(f"{name}: not captured: {target.reasons}")
+    finally:
+        pdl.MODE, products.PROGRAMS, products.GATED_COLUMNS = chosen
+    first = next(iter(targets.values()))
+    for target in targets.values():
+        for ours, theirs in zip(target.cache.layers, first.cache.layers, strict=True):
+            ours.keys.copy_(theirs.keys)
+            ours.values.copy_(theirs.values)
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _ in range(ROUNDS):
+        tokens = torch.randint(0, model.config.vocab_size, (width,), device=DEV)
+        expected: dict[int, Tensor] = {}  # by the order of sums
+        for name, target in targets.items():
+            window: Any = target._windows[width]
+            window.tokens.copy_(tokens)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(200_000)  # the host launches meanwhile
+            begin.record()
+            window.graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) * 1e-3)
+            wanted = expected.setdefault(VARIANTS[name][1], window.logits.clone())
+            if not torch.isfinite(wanted).all() or not torch.equal(window.logits, wanted):
+                raise AssertionError(f"{name}: other logits than the first with this order of sums")
+            target.finish(width)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -14,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spac.kernels.common import activate, gate_up_tile, matmul_tile
+from spac.kernels.common import activate, split_gate_up
 from spac.kernels.config import TOKEN_ROWS, Tile, device_of, fit
+from spac.kernels.dot import dot
+from spac.kernels.pdl import let_next_start, pdl_args, prefetch, wait_for_previous
 
-_PROGRAMS = 264  # two for each multiprocessor of an H200
+PROGRAMS = 264  # that a product aims at: two for each multiprocessor of an H200
+GATED_COLUMNS = 16  # of gate and of up in a program
 _PIECE = 256  # the shortest sum of a part
+_WARPS = tl.constexpr(4)
 
 
 @triton.jit
@@ -36,6 +40,46 @@ def parts_args(parts: Tensor, dtype: torch.dtype) -> dict[str, object]:
     return {"stride_p": parts.stride(0), "PARTS": parts.shape[0], "DTYPE": kind[dtype]}
 
 
+@triton.jit
+def _product(
+    x_ptr,
+    stride_xt,
+    T,
+    w_ptr,
+    offs_w,
+    mask_n,
+    K,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """fp32 [BLOCK_M, BLOCK_N] = x @ w.T over K elements; `offs_w` [BLOCK_N]: where w's rows begin.
+
+    Each warp has a part of the sum for all columns. With all of the sum for a few columns it would
+    make one product after the other, each of which waits for the one before.
+    """
+    part: tl.constexpr = BLOCK_K // _WARPS
+    k = tl.arange(0, _WARPS)[:, None] * part + tl.arange(0, part)[None, :]
+    offs_t = tl.arange(0, BLOCK_M)
+    x_ptrs = x_ptr + offs_t[None, :, None] * stride_xt + k[:, None, :]
+    w_ptrs = w_ptr + offs_w[None, None, :] + k[:, :, None]
+    mask_t, mask_n = (offs_t < T)[None, :, None], mask_n[None, None, :]
+    acc = tl.zeros((_WARPS, BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_t, other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n, other=0.0)
+        else:
+            mask_k = k < K - k0
+            x = tl.load(x_ptrs, mask=mask_t & mask_k[:, None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k[:, :, None] & mask_n, other=0.0)
+        acc = dot(x, w, acc)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return tl.sum(acc, axis=0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
     x_ptr,
@@ -50,6 +94,7 @@ def _linear_kernel(
     N,
     K,
     piece,
+    EARLY: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -61,26 +106,20 @@ def _linear_kernel(
     The matrices lie behind w_ptr one below the other, but from row rows_1 on `second` elements
     further, from row rows_2 on `third`.
     """
+    let_next_start(EARLY)
     part = tl.program_id(1)
     offs_t = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gap = tl.where(offs_n < rows_1, 0, tl.where(offs_n < rows_2, second, third))
     begin = part * piece
-    y = matmul_tile(
-        x_ptr + begin,
-        offs_t,
-        stride_xt,
-        offs_t < T,
-        w_ptr,
-        offs_n.to(tl.int64) * K + gap + begin,
-        offs_n < N,
-        1,
-        tl.minimum(piece, K - begin),
-        BLOCK_M,
-        BLOCK_N,
+    end = tl.minimum(piece, K - begin)
+    offs_w = offs_n.to(tl.int64) * K + gap + begin
+    prefetch(w_ptr, offs_w, offs_n < N, end, 4, EARLY)
+    wait_for_previous(EARLY)
+    y = _product(
+        x_ptr + begin, stride_xt, T, w_ptr, offs_w, offs_n < N, end, EVEN_K, BLOCK_M, BLOCK_N,
         BLOCK_K,
-        EVEN_K,
-    )
+    )  # fmt: skip
     at = (part * T + offs_t)[:, None] * N + offs_n[None, :]
     tl.store(out_ptr + at, y, mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
@@ -96,24 +135,31 @@ def _gated_kernel(
     N,
     K,
     ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out[t, n] = act(gate_n . x_t) * up_n . x_t, up_offset elements between the matrices."""
+    let_next_start(EARLY)
     offs_t = tl.arange(0, BLOCK_M)
     n0 = tl.program_id(0) * BLOCK_N
-    gate, up = gate_up_tile(
-        x_ptr, offs_t, stride_xt, offs_t < T, gate_ptr, gate_ptr, K, 1, up_offset, 0, 0, n0, K, N,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, False,
-    )  # fmt: skip
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, 2 * BLOCK_N)  # the gate rows come first
+    unit = n0 + column % BLOCK_N
+    offs_w = unit.to(tl.int64) * K + tl.where(column < BLOCK_N, 0, up_offset)
+    prefetch(gate_ptr, offs_w, unit < N, K, 4, EARLY)
+    wait_for_previous(EARLY)
+    both = _product(
+        x_ptr, stride_xt, T, gate_ptr, offs_w, unit < N, K, EVEN_K, BLOCK_M, 2 * BLOCK_N, BLOCK_K
+    )
+    gate, up = split_gate_up(both, BLOCK_M, BLOCK_N, False)
     # Rounded where torch rounds: the products, the activation, the result.
     dtype = out_ptr.dtype.element_ty
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
     act = activate(gate, tl.full(gate.shape, 1.0, tl.float32), 0.0, 0.0, ACTIVATION)
     y = (act.to(dtype).to(tl.float32) * up).to(dtype)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = (offs_t < T)[:, None] & (offs_n < N)[None, :]
     tl.store(out_ptr + offs_t[:, None] * N + offs_n[None, :], y, mask=mask)
 
@@ -131,12 +177,15 @@ def _add_norm_kernel(
     ADD: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    let_next_start(EARLY)
     offs = tl.arange(0, BLOCK)
     mask, at = offs < K, tl.program_id(0) * K + offs
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(EARLY)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         y = load_parts(parts_ptr + at, mask, stride_p, PARTS, DTYPE)
         total = (x + y.to(tl.float32)).to(DTYPE)
@@ -156,7 +205,7 @@ def fused_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     N = sum(rows)
     tile = _tile(x, 32, 1)
     blocks = triton.cdiv(N, tile.block_n)
-    parts = max(1, min(2 ** round(math.log2(max(1, _PROGRAMS / blocks))), K // _PIECE))
+    parts = max(1, min(2 ** round(math.log2(max(1, PROGRAMS / blocks))), K // _PIECE))
     piece = triton.cdiv(triton.cdiv(K, parts), tile.block_k) * tile.block_k
     parts = triton.cdiv(K, piece)
     out = torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
@@ -174,6 +223,7 @@ def fused_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
         N=N,
         K=K,
         piece=piece,
+        **pdl_args(x.device, read_early=weights),
         EVEN_K=K % tile.block_k == 0,
         **tile.launch(),
     )
@@ -185,7 +235,7 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     T, K = _check(x, [gate, up], 2)
     N = gate.shape[0]
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    tile = _tile(x, 16, 2)
+    tile = _tile(x, GATED_COLUMNS, 2)
     _gated_kernel[(triton.cdiv(N, tile.block_n),)](
         x,
         x.stride(0),
@@ -196,15 +246,18 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         N=N,
         K=K,
         ACTIVATION=activation,
+        **pdl_args(x.device, read_early=[gate, up]),
         EVEN_K=K % tile.block_k == 0,
         **tile.launch(),
     )
     return out
 
 
-def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, chained: bool = True
+) -> tuple[Tensor, Tensor]:
     """x [T, K] plus the sum of `parts` [P, T, K], and RMSNorm of that, rounded as transformers has
-    it. x and weight [K] of one dtype."""
+    it. x and weight [K] of one dtype. chained: see kernels/pdl.py."""
     T, K = x.shape
     x = x.contiguous()
     if parts is not None and (parts.shape[1:] != x.shape or not parts.is_contiguous()):
@@ -222,6 +275,7 @@ def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tup
         ADD=parts is not None,
         BLOCK=triton.next_power_of_2(K),
         num_warps=8,
+        **pdl_args(x.device, chained),
         **parts_args(x[None] if parts is None else parts, x.dtype),
     )
     return total, out
@@ -229,9 +283,9 @@ def add_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tup
 
 def _tile(x: Tensor, block_n: int, columns: int) -> Tile:
     if x.dtype == torch.float32:
-        return Tile(TOKEN_ROWS, 16, 64, 4, 2)
+        return Tile(TOKEN_ROWS, min(block_n, 16), 64, _WARPS.value, 2)
     shared = device_of(x.device).shared
-    return fit(Tile(TOKEN_ROWS, block_n, 128, 4, 5), columns, x.element_size(), shared)
+    return fit(Tile(TOKEN_ROWS, block_n, 128, _WARPS.value, 5), columns, x.element_size(), shared)
 
 
 def _gap(first: Tensor, other: Tensor, rows: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spac.kernels import verify as verify_kernel
 from spac.kernels.fused_linear import load_parts, parts_args
+from spac.kernels.pdl import let_next_start, pdl_args, wait_for_previous
 from spac.kernels.verify import Outputs, check_state, count_experts, empty_outputs, split_pairs
 
 ROWS = 4  # tokens of a routing program: one for each of its warps
@@ -81,8 +82,11 @@ def _route_kernel(
     stride_p,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (blocks of ROWS tokens,)."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     _route(
         tl.program_id(0) * ROWS, logits_ptr, stride_w, weights_ptr, ids_ptr, W, E, K, CHOICES,
         NORMALIZE, EXPERTS, ROWS, ROUND, stride_p, PARTS, DTYPE,
@@ -115,6 +119,7 @@ def route(
         ROWS=ROWS,
         ROUND=rounded,
         num_warps=ROWS,
+        **pdl_args(logits.device),
         **parts_args(logits, dtype),
     )
     return weights, ids

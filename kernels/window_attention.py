@@ -16,6 +16,7 @@ from torch import Tensor
 from spac.kernels.config import TOKEN_ROWS
 from spac.kernels.dot import dot
 from spac.kernels.fused_linear import load_parts, parts_args
+from spac.kernels.pdl import let_next_start, pdl_args, prefetch, wait_for_previous
 
 _BLOCK = 32  # cached positions that are read at a time
 _PROGRAMS = 132
@@ -94,6 +95,15 @@ def _step(q_lo, q_hi, k_lo, k_hi, v, mask, scale, top, total, acc):
     return new_top, total, acc
 
 
+@triton.jit
+def _share(length_ptr, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Cached positions begin..end of a program; none for the one that has the window itself."""
+    length = tl.load(length_ptr).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    begin = tl.minimum(split * share, length)
+    return begin, tl.where(split == SPLITS, begin, tl.minimum(begin + share, length))
+
+
 @triton.jit(do_not_specialize=["W"])
 def _window_attention_kernel(
     qkv_ptr,
@@ -124,19 +134,25 @@ def _window_attention_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Grid (key heads, SPLITS + 1). Row r of a key head is token r // GROUPS, query head r % GROUPS
     of its group. part [kv_heads, SPLITS + 1, ROWS, D], top and total [.., ROWS]; scale for exp2.
     """
+    let_next_start(EARLY)
     head, split = tl.program_id(0), tl.program_id(1)
+    cache = head.to(tl.int64) * stride_head
+    if EARLY > 1:  # rows of earlier windows; whatever the length is now, these are of the cache
+        begin, end = _share(length_ptr, split, SPLITS, BLOCK)
+        offs_c = cache + begin * D + tl.arange(0, 1)
+        prefetch(keys_ptr, offs_c, offs_c >= 0, (end - begin) * D, 128, EARLY)
+        prefetch(values_ptr, offs_c, offs_c >= 0, (end - begin) * D, 128, EARLY)
+    wait_for_previous(EARLY)
     length = tl.load(length_ptr).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    begin = tl.minimum(split * share, length)
-    end = tl.where(split == SPLITS, begin, tl.minimum(begin + share, length))
-    if (begin >= end) & (split != SPLITS):
-        return
+    begin, end = _share(length_ptr, split, SPLITS, BLOCK)
+    # Programs without positions leave zeros: nobody has to wait for the length to know of them.
     rows = tl.arange(0, ROWS)
     t, g = rows // GROUPS, rows % GROUPS
     at = t * stride_t + (head * GROUPS + g) * D
@@ -149,7 +165,6 @@ def _window_attention_kernel(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     offs_h, offs_d = tl.arange(0, HALF)[:, None], tl.arange(0, BLOCK_D)[None, :]
     half: tl.constexpr = D // 2
-    cache = head.to(tl.int64) * stride_head
     for n0 in range(begin, end, BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         k_ptrs = keys_ptr + cache + n[None, :] * D + offs_h
@@ -189,23 +204,22 @@ def _sum_parts_kernel(
     part_ptr,
     top_ptr,
     total_ptr,
-    length_ptr,
     out_ptr,
     heads,
     GROUPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
     ALL: tl.constexpr,
 ):
     """out [W, heads, D]: the parts of each row, scaled to a common maximum. Grid (heads, W)."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     head, t = tl.program_id(0), tl.program_id(1)
-    length = tl.load(length_ptr).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     offs_s, offs_d = tl.arange(0, ALL), tl.arange(0, BLOCK_D)
-    used = ((offs_s * share < length) & (offs_s < SPLITS)) | (offs_s == SPLITS)
+    used = offs_s <= SPLITS
     row = (head // GROUPS * (SPLITS + 1) + offs_s) * ROWS + t * GROUPS + head % GROUPS
     top = tl.load(top_ptr + row, mask=used, other=float("-inf"))
     scale = tl.exp2(top - tl.max(top, axis=0))
@@ -262,8 +276,8 @@ def window_attention(
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "ROWS": rows,
-        "BLOCK": _BLOCK,
         "SPLITS": splits,
+        **pdl_args(qkv.device),
     }
     _window_attention_kernel[(kv_heads, splits + 1)](
         qkv_ptr=qkv,
@@ -287,12 +301,13 @@ def window_attention(
         HALF=max(16, triton.next_power_of_2(D // 2)),
         NORM=q_norm is not None,
         TOKENS=TOKEN_ROWS,
+        BLOCK=_BLOCK,
         num_warps=8 if rows > 64 else 4,
         **parts_args(qkv, keys.dtype),
         **shared,
     )
     _sum_parts_kernel[(heads, W)](
-        part, top, total, length, out, heads, ALL=triton.next_power_of_2(splits + 1), num_warps=4,
+        part, top, total, out, heads, ALL=triton.next_power_of_2(splits + 1), num_warps=4,
         **shared,
     )  # fmt: skip
     return out

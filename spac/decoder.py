@@ -1,10 +1,10 @@
 """Decoder layers of known models in few launches, for windows of up to 16 tokens.
 
 A transformers layer runs about forty kernels at that size, most of which last no longer than their
-launch. Here they are seven and the experts' own (kernels/fused_linear.py, window_attention.py,
-route.py). Intermediate results are rounded where the eager layer rounds them; only the order of
-sums differs. The model itself is never changed: `few_launches` replaces the layers' forward as long
-as it lasts.
+launch. Here they are eight and the experts' own (kernels/fused_linear.py, window_attention.py,
+route.py), and on Hopper each starts before the one in front has ended (pdl.py). Intermediate
+results are rounded where the eager layer rounds them; only the order of sums differs. The model
+itself is never changed: `few_launches` replaces the layers' forward as long as it lasts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu"}
 
 
 def can_run(model: PreTrainedModel) -> bool:
-    """Whether every decoder layer of `model` is one that `few_launches` knows."""
+    """Whether `few_launches` knows every decoder layer of `model` and the norm behind them."""
     layers = _decoder_layers(model)
     if getattr(model.config.get_text_config(), "sliding_window", None):
+        return False
+    norm = getattr(model.base_model, "norm", None)
+    if not type(norm).__name__.endswith("RMSNorm") or _changed(norm):
         return False
     return bool(layers) and all(_known(layer) for layer in layers)
 
@@ -38,15 +41,16 @@ def few_launches(model: PreTrainedModel) -> Iterator[None]:
     They leave the lengths of the cache's layers to the caller. Only for models that `can_run`.
     """
     layers = _decoder_layers(model)
-    pending: list[Tensor] = []
+    norm: Any = model.base_model.norm
+    pending: list[tuple[Tensor, bool]] = []
     try:
         for layer in layers:
-            forward = functools.partial(_forward, layer, pending, layer is layers[-1])
-            layer.__dict__["forward"] = forward
+            layer.__dict__["forward"] = functools.partial(_forward, layer, pending)
+        norm.__dict__["forward"] = functools.partial(_norm, norm, pending)
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for module in (*layers, norm):
+            module.__dict__.pop("forward", None)
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[Any]:
@@ -61,7 +65,7 @@ def _known(layer: Any) -> bool:
     own = [
         m for m in layer.modules() if m is not experts
     ]  # attach has its own rule for hooks there
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in own):
+    if any(_changed(m) for m in own):
         return False
     linears = [m for name, m in layer.named_modules() if name.endswith("_proj")]
     if any(type(m) is not nn.Linear or m.bias is not None for m in linears):
@@ -69,22 +73,42 @@ def _known(layer: Any) -> bool:
     return experts is not None or type(mlp.act_fn).__name__ in _ACTIVATIONS
 
 
+def _changed(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _norm(module: Any, pending: list[tuple[Tensor, bool]], hidden_states: Tensor) -> Tensor:
+    """The norm behind the last layer."""
+    return _add_norm(module, pending, hidden_states[0])[1][None]
+
+
+def _add_norm(
+    module: Any, pending: list[tuple[Tensor, bool]], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    from spac.kernels.fused_linear import add_norm
+
+    before, chained = pending.pop() if pending else (None, False)
+    return add_norm(hidden, before, module.weight, module.variance_epsilon, chained)
+
+
 def _forward(
     layer: Any,
-    pending: list[Tensor],
-    last: bool,
+    pending: list[tuple[Tensor, bool]],
     hidden_states: Tensor,
     *,
     position_embeddings: tuple[Tensor, Tensor],
     past_key_values: Any,
     **_: Any,
 ) -> Tensor:
-    """A layer leaves the sum behind its MLP to the next one's norm, which finds it in `pending`."""
+    """A layer leaves the sum behind its MLP to the next one's norm, which finds it in `pending`.
+
+    With it: whether that norm may start early (kernels/pdl.py), so not behind experts, whose
+    kernels may wait for the CPU or for a copy, nor behind what is not ours.
+    """
     from spac.kernels.fused_linear import add_norm, fused_gated, fused_linear
 
-    before = pending.pop() if pending else None
-    norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
-    hidden, x = add_norm(hidden_states[0], before, norm.weight, norm.variance_epsilon)
+    attention, mlp = layer.self_attn, layer.mlp
+    hidden, x = _add_norm(layer.input_layernorm, pending, hidden_states[0])
     heads = _attention(attention, x, position_embeddings, past_key_values)
     after = fused_linear(heads, [attention.o_proj.weight])
     norm = layer.post_attention_layernorm
@@ -95,10 +119,7 @@ def _forward(
         activation = _ACTIVATIONS[type(mlp.act_fn).__name__]
         h = fused_gated(x, mlp.gate_proj.weight, mlp.up_proj.weight, activation)
         rest = fused_linear(h, [mlp.down_proj.weight])
-    if last:
-        hidden = hidden + rest.sum(0).to(hidden.dtype)
-    else:
-        pending.append(rest)
+    pending.append((rest, not hasattr(mlp, "experts")))
     return hidden[None]
 
 

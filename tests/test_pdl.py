@@ -1,0 +1,152 @@
+"""Kernels that start early: what their machine code does before it waits, and who may be one."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from spac.decoder import few_launches
+from spac.kernels import fused_linear, pdl
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+# Compiles what a decoder layer launches, for Hopper and without a GPU; prints each kernel's PTX.
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+def compile_only(kernel, *args, grid, warmup, **options):
+    compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+    print("KERNEL", kernel.__name__, compiled.metadata.launch_pdl)
+    print(compiled.asm["ptx"])
+
+driver.set_active(Driver())
+run, jit.JITFunction.run = jit.JITFunction.run, compile_only
+from spac.kernels import fused_linear, route, window_attention
+early = lambda device, chained=True, read_early=(): {"EARLY": MODE, "launch_pdl": chained}
+for module in (fused_linear, route, window_attention):
+    module.pdl_args = early
+x, w, norm = (torch.zeros(s, dtype=torch.float16) for s in ((9, 512), (512, 512), (512,)))
+parts, turn = torch.zeros(2, 9, 512), torch.zeros(9, 128, dtype=torch.float16)
+cache = torch.zeros(1, 64, 128, dtype=torch.float16)
+fused_linear.add_norm(x, parts, norm, 1e-6, False)
+fused_linear.fused_linear(x, [w])
+fused_linear.fused_gated(x, w, w, "silu")
+route.route(parts, 8, True, x.dtype, True)
+window_attention.window_attention(
+    parts, turn, turn, norm[:128], norm[:128], 1e-6, cache, cache, torch.tensor(7), 1.0
+)
+"""
+# The norm's weight; the length of the cache, only to know what to prefetch.
+BEFORE = {
+    (pdl.WAIT, "_add_norm_kernel"): {"ld.global": 1},
+    (pdl.WEIGHTS, "_add_norm_kernel"): {"ld.global": 1},
+    (pdl.WEIGHTS, "_window_attention_kernel"): {"ld.global": 1},
+}
+PREFETCHES = {"_linear_kernel": 1, "_gated_kernel": 1, "_window_attention_kernel": 2}
+
+
+@pytest.mark.parametrize("mode", [pdl.WAIT, pdl.WEIGHTS])
+def test_nothing_that_others_write_is_touched_before_the_wait(mode, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code = COMPILE.replace("MODE", str(mode))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = done.stdout.split("KERNEL ")[1:]
+    names = [kernel.split()[0] for kernel in kernels]
+    assert sorted(names) == sorted([
+        "_add_norm_kernel", "_linear_kernel", "_gated_kernel", "_route_kernel",
+        "_window_attention_kernel", "_sum_parts_kernel",
+    ])  # fmt: skip
+    for name, kernel in zip(names, kernels, strict=True):
+        assert kernel.split()[1] == str(name != "_add_norm_kernel")
+        assert kernel.index("griddepcontrol.launch_dependents") < kernel.index(
+            "griddepcontrol.wait"
+        )
+        before, after = kernel.split("griddepcontrol.wait")
+        touched = r"\b(?:ld\.global|st\.global|cp\.async\.c[ag]|atom|red\.)"
+        assert Counter(re.findall(touched, before)) == BEFORE.get((mode, name), {}), name
+        fetched = before.count("cp.async.bulk.prefetch.L2.global")
+        assert fetched == (PREFETCHES.get(name, 0) if mode == pdl.WEIGHTS else 0)
+        assert "st.global" in after and re.search(touched, after)
+        assert "launch_dependents" not in after
+
+
+def test_kernels_that_wait_for_others_neither_start_early_nor_let_anyone():
+    for name in ("tokens", "handoff", "pull", "split_window"):
+        assert "pdl" not in (KERNELS / f"{name}.py").read_text()
+
+
+def test_only_hopper_starts_early(monkeypatch):
+    assert pdl.pdl_args(torch.device("cpu")) == {"EARLY": pdl.OFF}
+    found = {"major": 9}
+    monkeypatch.setattr(pdl, "device_of", lambda device: type("Device", (), found))
+    device = torch.device("cuda")
+    assert pdl.pdl_args(device) == {"EARLY": pdl.WEIGHTS, "launch_pdl": True}
+    assert pdl.pdl_args(device, False) == {"EARLY": pdl.WEIGHTS, "launch_pdl": False}
+    whole = torch.zeros(6, 24, dtype=torch.float16)
+    for tensor, mode in ((whole, pdl.WEIGHTS), (whole[:, :12], pdl.WAIT), (whole[0, 1:], pdl.WAIT)):
+        assert pdl.pdl_args(device, read_early=[whole, tensor])["EARLY"] == mode
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert pdl.pdl_args(device) == {"EARLY": pdl.OFF}
+    monkeypatch.setattr(torch.version, "hip", None)
+    found["major"] = 8
+    assert pdl.pdl_args(device) == {"EARLY": pdl.OFF}
+    found["major"] = 10
+    monkeypatch.setattr(pdl, "MODE", pdl.OFF)
+    assert pdl.pdl_args(device) == {"EARLY": pdl.OFF}
+
+
+@torch.no_grad()
+def test_no_norm_starts_early_behind_experts(tiny_moe, device, monkeypatch):
+    chained, real = [], fused_linear.add_norm
+    monkeypatch.setattr(
+        fused_linear, "add_norm", lambda *args: chained.append(args[4:]) or real(*args)
+    )
+    model = tiny_moe(mlp_only_layers=[1]).to(device)  # of three
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with few_launches(model):
+        model(torch.randint(0, 96, (1, 3), device=device), past_key_values=cache)
+    assert chained == [(False,), (), (False,), (), (True,), (), (False,)]
+
+
+@pytest.mark.skipif(not HOPPER, reason="no GPU that starts kernels early")
+def test_every_mode_gives_the_same_bits(monkeypatch):
+    """Chains in which a kernel that runs ahead reads what is not there yet."""
+    x = torch.randn(3, 1024, device="cuda").bfloat16()
+    weights = [torch.randn(3, 1536, 1024, device="cuda").bfloat16() / 32 for _ in range(12)]
+    norm = torch.rand(1024, device="cuda").bfloat16()
+
+    def chain():
+        hidden, parts = x, None
+        for gate, up, down in weights:
+            hidden, h = fused_linear.add_norm(hidden, parts, norm, 1e-6)
+            h = fused_linear.fused_gated(h, gate, up, "silu")
+            parts = fused_linear.fused_linear(h, [down.view(1024, 1536)])
+        return hidden
+
+    results = {}
+    for mode in (pdl.OFF, pdl.WAIT, pdl.WEIGHTS):
+        monkeypatch.setattr(pdl, "MODE", mode)
+        chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results[mode] = chain()
+        for _ in range(20):
+            results[mode].fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(results[mode], results[pdl.OFF])
+    assert results[pdl.OFF].isfinite().all()
