@@ -156,6 +156,8 @@ class Engine:
         if layer == 0 and not prefill:
             self._begin_window(hidden.shape[0])
             self.launched()
+        elif layer == 0:
+            self._learn()  # before the first change is published
         self.pool.publish(layer)
         if prefill:
             return self._prefill(layer, hidden, ids, weights)
@@ -283,7 +285,6 @@ class Engine:
 
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if layer == 0:
-            self._learn()
             self.prefill_tokens += hidden.shape[0]
         self._prompt.add(layer, ids)
         table = self.slot_tables[layer]
