@@ -27,6 +27,7 @@ from spac.control import Control, Snapshot
 from spac.copier import CopyThread
 from spac.cost import CostModel
 from spac.handoff import HandOff
+from spac.idle import Drafts
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
 from spac.prefill import Prefill, Prompt, area_experts
@@ -93,6 +94,8 @@ class Engine:
         self._bounds = Follower(self.control.bounds, device)
         self.bounds = self._bounds.tensor
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
+        self.drafts = Drafts(self.pool, self.copier, self._state, self._learn)
+        self.drafts.wanted = self.control.keeps and config.draft_copies
         self.host_tables = [store.table(layer) for layer in range(num_layers)]
         self.slot_tables = [
             ExpertTable.from_blobs(layout, self.pool.address[layer], memory=self.pool.memory)
@@ -314,8 +317,7 @@ class Engine:
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
         if self.copier.is_alive():
-            state = self._state.on_host()
-            self._learn(state)
+            state = self.drafts.end()
             prompt = self._prompt.take(width)
             if prompt is None and self._snapshot is not None:
                 prompt = self._snapshot.prompt  # one never sent

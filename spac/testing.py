@@ -32,7 +32,7 @@ SEAMS = {
     "cpu side": "spac.handoff:before_answer",  # the worker's rows of one layer, by flags
     "handed": "spac.handoff:HandOff.join",  # the wait for those rows
     "copy": "spac.copier:CopyThread._copy",  # one expert into its slot
-    "order": "spac.copier:_sorted",  # (layer, expert) rows, in which copies and evictions go
+    "order": "spac.keep:ranked",  # experts, in the order in which copies and evictions go
     "solver": "spac.balance:Balancer._solve",  # (threshold index per layer, status) or None
 }
 
