@@ -246,7 +246,7 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         def step(i: int) -> None:
             if isinstance(job.draft, DenseDraft):
                 job.routing.provider.drafting(gamma)
-            job.draft.run(gamma)
+            job.draft.run(gamma, job.routing.provider.launched)
             job.routing.ids.copy_(ids[i])
             job.routing.provider.begin(ids[i])
             logits = target.verify(tokens)

@@ -62,6 +62,9 @@ class Provider:
     def drafting(self, tokens: int) -> None:
         """The last window is over, and a draft model runs for so many tokens next."""
 
+    def launched(self) -> None:
+        """Its first step is on its way."""
+
     def begin(self, ids: Tensor) -> None:
         """A window is to come, ids [L, W, k]."""
 
@@ -102,6 +105,9 @@ class EngineProvider(Provider):
 
     def drafting(self, tokens: int) -> None:
         self.engine.drafts.begin(tokens)
+
+    def launched(self) -> None:
+        self.engine.drafts.launched()
 
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self.engine.forward(layer, hidden, ids, weights)

@@ -94,7 +94,7 @@ class Engine:
         self._bounds = Follower(self.control.bounds, device)
         self.bounds = self._bounds.tensor
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
-        self.drafts = Drafts(self.pool, self.copier, self._state, self._learn)
+        self.drafts = Drafts(self.pool, self.copier, self._state, self.pull, self._learn)
         self.drafts.wanted = self.control.keeps and config.draft_copies
         self.host_tables = [store.table(layer) for layer in range(num_layers)]
         self.slot_tables = [
@@ -333,8 +333,9 @@ class Engine:
     def _learn(self, state: LayerState | None = None) -> None:
         """What the windows so far did by themselves to the slots, from a copy of the state."""
         if self.pull is not None:
-            state = state or self._state.on_host()
-            self.pull.check()
+            if state is None:
+                self.pull.check()
+                state = self._state.on_host()
             if self.control.value is not None:
                 self.pull.value.follow(self.control.value)
             self.pull.learn(state.exchanged, self.pool)
