@@ -52,19 +52,19 @@ class Drafts:
     def begin(self, tokens: int) -> None:
         """The host has read all that the last window gave, and launches a draft of so many tokens
         next. RuntimeError if the link failed in that window."""
-        if not (self.wanted and tokens and self._copier.is_alive()):
-            return
         if self._start is not None and self._end is not None:
             self._seconds.append(self._start.until(self._end) / self._tokens)
         self._start = self._end = None
+        if not (self.wanted and tokens and self._copier.is_alive()):
+            return
         self._check()
         self._tokens, self._sent = tokens, self._device.send()
         self._start = _Moment(self._pool.memory.is_cuda)
 
     def launched(self) -> None:
-        """The first step of the draft is on its way."""
-        if self._start is None or self._end is not None:
-            return  # without a `begin`
+        """The first step of the draft that `begin` announced is on its way."""
+        if self._start is None:
+            return
         state = self._device.receive(self._sent)
         self._learn(state)
         self._state = state
@@ -78,7 +78,8 @@ class Drafts:
         """A window begins, before its first `publish`: the state, in host memory."""
         if not self._pool.quiet:  # something else than the draft has run
             self._start = None
-        self._end = self._end or _Moment(self._pool.memory.is_cuda)
+        if self._start is not None and self._end is None:
+            self._end = _Moment(self._pool.memory.is_cuda)
         state, self._state = self._state, None
         if state is None:
             self._check()

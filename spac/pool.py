@@ -75,9 +75,7 @@ class SlotPool:
 
     def publish(self, layer: int | None = None) -> None:
         """Make a layer's changes (None: all layers') visible to the kernels launched from here."""
-        if self.quiet:
-            with self._lock:
-                self.quiet = False
+        self.quiet = False
         layers = range(len(self._mail)) if layer is None else (layer,)
         mails = [(self._mail[i], self.slot_of[i]) for i in layers]
         if not any(mail.leaving or mail.arriving or mail.unseen for mail, _ in mails):
@@ -187,11 +185,12 @@ class SlotPool:
         into which copy(layer, expert, slot) begins to copy it. False: it is not quiet any more, or
         one of them has come or gone."""
         with self._lock:
+            # Before `quiet` is read: a `publish` that ends it meanwhile then waits for the lock.
+            self._mail[victim[0]].unseen = self._mail[newcomer[0]].unseen = True
             slot = int(self.slot_of[victim])
             missing = self.slot_of[newcomer] < 0 and not self.held[newcomer]
             if not self.quiet or not missing or slot < 0 or not self.held[victim]:
                 return False
-            self._mail[victim[0]].unseen = self._mail[newcomer[0]].unseen = True
             self.slot_of[victim], self.held[victim] = -1, False
             self.evictions += 1
             self._replaced = True

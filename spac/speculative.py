@@ -113,9 +113,6 @@ def generate(
     engine = state.engine if state is not None else None
     length = input_ids.shape[1] + max_new_tokens
     drafter = _drafter(model, draft, warp, generator, state, length)
-    drafts = None  # what the engine does while a model drafts, if that is not its own
-    if engine is not None and isinstance(drafter, ModelDraft) and drafter.model is not model:
-        drafts, drafter.launched = engine.drafts, engine.drafts.launched
     chooser = _GammaChooser(num_draft_tokens, isinstance(drafter, NoDraft))
     eos = _eos_ids(model, eos_token_id)
 
@@ -137,8 +134,10 @@ def generate(
     while not done:
         began = time.perf_counter()
         gamma = min(chooser.choose(), max_new_tokens - result.new_tokens - 1)
-        if drafts is not None and result.target_forwards:
-            drafts.begin(gamma)
+        if engine is not None and isinstance(drafter, ModelDraft) and result.target_forwards:
+            if drafter.model is not model:
+                engine.drafts.begin(gamma)
+                drafter.launched = engine.drafts.launched
         drafted, probs = drafter.propose(tokens, gamma)
         drafted = drafted.to(device)
         if probs is not None:
