@@ -65,6 +65,7 @@ class SlotPool:
         self.loads = 0
         self.evictions = 0
         self.kept = 0  # loads of experts that were on the GPU for another reason
+        self.doubled = 0  # copies that were no loads: the expert had come by `exchanged` meanwhile
         self._lock = threading.Lock()
         self._mail = [_Mailbox() for _ in layouts]
         self._reclaimed: deque[tuple[int, torch.cuda.Event | None]] = deque(
@@ -137,6 +138,7 @@ class SlotPool:
                 mail = self._mail[layers[i]]
                 for expert, slot in [m for m in mail.arriving if m[0] == newcomers[i]]:
                     self.loads -= 1
+                    self.doubled += 1
                     mail.freed, mail.unseen = [*mail.freed, slot], True
                     mail.arriving.remove((expert, slot))
             self.loads += len(layers)
@@ -216,6 +218,7 @@ class SlotPool:
             mail = self._mail[layer]
             if self.slot_of[layer, expert] >= 0 and expert not in mail.leaving:
                 self._reclaimed.append((slot, None))
+                self.doubled += 1
                 return
             self.loads += 1
             mail.arriving.append((expert, slot))

@@ -167,7 +167,7 @@ def test_a_copy_that_comes_second_gives_its_slot_back():
     pool.exchanged(*np.array([[0, 3, 0]]).T)
     pool.load(0, 3, slot)
     pool.publish()
-    assert pool.take() == slot and pool.loads - pool.evictions == 1
+    assert pool.take() == slot and pool.loads - pool.evictions == 1 == pool.doubled
 
 
 def test_a_prompt_learns_before_it_publishes(tiny_moe):
