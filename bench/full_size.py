@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-tokens", type=int, default=512)
     group.add_argument("--shift", type=int, default=1, help="of expert ids when the trace repeats")
     group.add_argument("--link", type=float, metavar="GB/S", help="slow copies down to this")
+    group.add_argument("--no-draft-copies", action="store_true", help="draft_copies=False for spac")
     group.add_argument("--cpu-threads", type=int, help="default: as spac.config has it")
     group.add_argument(
         "--limit", type=float, default=math.inf, metavar="S", help="begin no row later"
@@ -167,6 +168,7 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
     rows: list[list[Any]] = []
     figures: dict[tuple[str, int, int], Figures] = {}
     said: dict[str, Any] = {"text": asdict(_text(args, gammas)), "costs": asdict(costs)}
+    said["draft_copies"] = not args.no_draft_copies
     notes = _notes(args, job, machine, dense)
     ratios = _slots(args, made, everything, length)
     for slots, gamma, name in progress(list(product(ratios, gammas, args.providers)), "full size"):
@@ -188,11 +190,7 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         notes += [f"{name}: {reason}" for reason in result.eager]
         if result.learnt is not None:
             said[f"{name} {slots} {gamma}"] = asdict(result.learnt)
-        share = (
-            f"{slots / everything:.0%}"
-            if name not in ("cpu", "stream", "resident", "grouped-mm")
-            else None
-        )
+        share = None if name in WITHOUT_SLOTS else f"{slots / everything:.0%}"
         rows.append([name, share, gamma, *_cells(result, machine, layout.blob_bytes, dense)])
     notes += [*_ratios(figures), RUN + json.dumps(said)]
     return Table(list(COLUMNS), rows, f"decode at full size: {args.shape}", notes)
@@ -209,7 +207,9 @@ def _provider(
             counts = window_counts(job.windows[gamma], store.layouts[0].num_experts)
             hot = counts[:, job.routing.layers].sum(axis=0)
         policy = "static" if name == "static" else args.policy
-        config = SpacConfig(policy=policy, max_window=max(32, gamma + 1))
+        config = SpacConfig(
+            policy, max_window=max(32, gamma + 1), draft_copies=not args.no_draft_copies
+        )
         top_k = job.prompt.shape[2]
         provider = EngineProvider(store, slots, top_k, device, config, costs, hot, link)
         provider.static = name == "spac"
@@ -244,7 +244,9 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         job.routing.ids = torch.empty_like(ids[0])  # one place: a CUDA graph reads it
 
         def step(i: int) -> None:
-            job.draft.run(gamma)
+            if isinstance(job.draft, DenseDraft):
+                job.routing.provider.drafting(gamma)
+            job.draft.run(gamma, job.routing.provider.launched)
             job.routing.ids.copy_(ids[i])
             job.routing.provider.begin(ids[i])
             logits = target.verify(tokens)

@@ -59,6 +59,12 @@ class Provider:
         split = self.engine.control.split if self.engine is not None else None
         return None if split is None else split.costs
 
+    def drafting(self, tokens: int) -> None:
+        """The last window is over, and a draft model runs for so many tokens next."""
+
+    def launched(self) -> None:
+        """Its first step is on its way."""
+
     def begin(self, ids: Tensor) -> None:
         """A window is to come, ids [L, W, k]."""
 
@@ -96,6 +102,12 @@ class EngineProvider(Provider):
             slow = throttled(copier._copy, store.layouts[0].blob_bytes / link)
             copier._copy = slow  # type: ignore
         self.engine.start()
+
+    def drafting(self, tokens: int) -> None:
+        self.engine.drafts.begin(tokens)
+
+    def launched(self) -> None:
+        self.engine.drafts.launched()
 
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self.engine.forward(layer, hidden, ids, weights)

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> Table:
             rejected_weight=rng.choice((1.0, 0.5)),
             rebalance_every=rng.choice((2, 16)),
             static_windows=rng.choice((None, True)),
+            stream_missing=rng.choice((None, True)),
         )
         texts = [
             (prompts[rng.randrange(20), : rng.choice(LENGTHS)][None], rng.randrange(1, 49))
@@ -128,7 +129,7 @@ class _Counted:
             engine.pool.publish(layer)
         s = stats(model)
         first = min(s["budget"]["slots"], engine.pool.held.size)
-        copies = s["loads"] - s["kept_experts"] - first
+        copies = s["loads"] - s["kept_experts"] - first + engine.pool.doubled
         checks = {
             "windows": (s["windows"], self.windows),
             "pairs": (s["pairs"], self.tokens * layers * engine.top_k),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,15 +151,15 @@ def _check_memory(nbytes: int) -> None:
 
 
 class Draft(Protocol):
-    """Proposes tokens; here only its time matters."""
+    """Proposes tokens; here only its time matters. launched() is called when the first step is."""
 
-    def run(self, gamma: int) -> None: ...
+    def run(self, gamma: int, launched: Callable[[], None] = lambda: None) -> None: ...
 
 
 class NoDraftCost:
     """Drafted tokens cost nothing (prompt lookup)."""
 
-    def run(self, gamma: int) -> None:
+    def run(self, gamma: int, launched: Callable[[], None] = lambda: None) -> None:
         pass
 
 
@@ -193,10 +194,12 @@ class DenseDraft:
             return "in a CUDA graph"
         return f"eager ({', '.join(self.target.reasons) or 'no CUDA graphs on a CPU'})"
 
-    def run(self, gamma: int) -> None:
+    def run(self, gamma: int, launched: Callable[[], None] = lambda: None) -> None:
         """`gamma` greedy steps; the cache keeps the length that it had."""
-        for _ in range(gamma):
+        for i in range(gamma):
             self.token.copy_(self.target.verify(self.token).argmax(-1))
+            if i == 0:
+                launched()
         self.target.finish(gamma)
 
 

@@ -56,6 +56,9 @@ class SpacConfig:
     # Beside the CPU, the GPU reads some of a window's missing experts from host memory itself, so
     # that both end together. None: on a GPU; True: on a CPU too; False: the CPU computes them all.
     stream_missing: bool | None = None
+    # While a draft model runs, experts that the last window missed cross the idle link, as many as
+    # its time carries (spac.idle); only where windows stream, see stream_missing.
+    draft_copies: bool = True
     # Of experts in the host store and in slots: "float" as in the checkpoint; "int8" or "int4" are
     # quantised by attach (spac.quantize), which changes answers.
     weights: str = "float"

@@ -34,6 +34,15 @@ class Snapshot:
     work: Work | None = None  # of the window before, if the worker's clock is known
 
 
+@dataclass(frozen=True)
+class Idle:
+    """A draft has begun, after a window."""
+
+    frequency: np.ndarray  # int64 [L, E], pairs since attach, at the window's end
+    pairs: np.ndarray  # int64 [L, E], of the window
+    until: float  # time.perf_counter() when the draft is expected to end
+
+
 class Control:
     """Turns snapshots into scores [L, E], what is worth a copy, and utility bounds [L, 2]."""
 
@@ -61,6 +70,7 @@ class Control:
         self.prior: Profile | None = None  # what it began with
         self.keeps = False  # what windows stream stays where it is worth it (spac.keep)
         self.value: np.ndarray | None = None  # of the experts, for that; replaced, never changed
+        self._scores: np.ndarray | None = None  # of the last round
         self._streamed = 0.0  # experts per layer and window, smoothed
         self.balancer = BalancerThread()
         self._expected = np.zeros((num_layers, num_experts))  # pairs per window, smoothed
@@ -125,10 +135,22 @@ class Control:
     def appraise(self, scores: np.ndarray, held: np.ndarray, resident: np.ndarray) -> None:
         """Set `value` [L, E] after a round of copies. Experts that are under way in or out have
         theirs from it: they are not to be kept (-inf), or not to be chosen as victims (inf)."""
+        self._scores = scores
         value = scores.astype(np.float32)
         value[~resident & (held | ~self.wanted())] = -np.inf
         value[resident & ~held] = np.inf
         self.value = value
+
+    def exchange(
+        self, pairs: np.ndarray, held: np.ndarray, resident: np.ndarray, most: int
+    ) -> list[tuple[int, int]]:
+        """At most so many (newcomer, victim), flat indices: what is worth a copy over an idle link,
+        after a window with `pairs` [L, E], by the scores of the last round."""
+        if self._scores is None:
+            return []
+        key = self._scores + self.policy.pair * pairs
+        new = keep.ranked(key, ~held & ~resident & self.wanted())[:most]
+        return list(zip(*keep.exchange(key, new, held & resident), strict=True))
 
     def wanted(self) -> np.ndarray:
         """Experts worth a copy, bool [L, E]; with the paper's policy those with u >= tau."""

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from spac.control import Control, Snapshot
+from spac import keep
+from spac.control import Control, Idle, Snapshot
 from spac.pool import SlotPool
 from spac.store import HostStore
 
@@ -21,7 +22,8 @@ AHEAD = 8
 
 
 class CopyThread(threading.Thread):
-    """One round per window, on the latest snapshot. An exception is kept in `error`.
+    """One round per window, on the latest snapshot, one exchange per draft. An exception is kept in
+    `error`.
 
     `late` counts copies whose expert had pairs while they were under way, `wasted` those that were
     evicted before a pair met them in their slot. note(track, name, start) hears of what arrives.
@@ -46,15 +48,15 @@ class CopyThread(threading.Thread):
         self._coming: list[tuple[int, int, int]] = []  # (layer, expert, slot) under way
         self._began = 0.0
         self._unlimited = 0  # rounds that may exchange every slot: after a prompt
-        self._inbox: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
-        self._stream: torch.cuda.Stream | None = None
-        if pool.memory.is_cuda:
-            self._stream = torch.cuda.Stream(pool.memory.device)
+        self._inbox: queue.SimpleQueue[Snapshot | Idle | None] = queue.SimpleQueue()
+        self._stream = pool.stream
+        if self._stream is not None:
             self._copied = torch.cuda.Event(blocking=True)  # waits asleep: the CPU's FFN has work
 
-    def submit(self, snapshot: Snapshot) -> None:
-        """Start a round. Rounds that come late are skipped, the latest snapshot counts."""
-        self._inbox.put(snapshot)
+    def submit(self, work: Snapshot | Idle) -> None:
+        """Start a round, or an exchange while the pool is quiet. Rounds that come late are skipped,
+        the latest snapshot counts."""
+        self._inbox.put(work)
 
     def close(self) -> None:
         """Finish the round in progress and stop; returns when the thread has ended."""
@@ -71,29 +73,39 @@ class CopyThread(threading.Thread):
         if scores is None:
             scores = np.broadcast_to(-np.arange(num_experts), (num_layers, num_experts))
         everything = np.ones_like(self.pool.held)
-        for layer, expert in _sorted(scores, everything, descending=True)[: self.pool.num_slots]:
+        for index in keep.ranked(scores, everything)[: self.pool.num_slots]:
             slot = self.pool.take()
             assert slot is not None
-            self._copy(layer, expert, slot)
+            self._fetch(*self._place(index), slot)
         self._arrive()
         for layer in range(num_layers):
             self.pool.publish(layer)
 
     def run(self) -> None:
         try:
-            while (snapshot := self._latest()) is not None:
-                self._round(snapshot)
+            while (work := self._latest()) is not None:
+                snapshot, idle = work
+                if snapshot is not None:
+                    self._round(snapshot)
+                if idle is not None:
+                    self._exchange(idle)
         except BaseException as error:  # reported by the forward thread
             self.error = error
 
-    def _latest(self) -> Snapshot | None:
-        snapshot = self._inbox.get()
-        while snapshot is not None and not self._inbox.empty():
-            newer = self._inbox.get()
-            if newer is not None and newer.prompt is None:
-                newer = replace(newer, prompt=snapshot.prompt)
-            snapshot = newer
-        return snapshot
+    def _latest(self) -> tuple[Snapshot | None, Idle | None] | None:
+        """What to do next, once there is something; None: stop."""
+        snapshot = idle = None
+        while (work := self._inbox.get()) is not None:
+            if isinstance(work, Idle):
+                idle = work
+            else:  # a window has begun: the draft before it has ended
+                idle, prompt = None, work.prompt
+                if prompt is None and snapshot is not None:
+                    prompt = snapshot.prompt
+                snapshot = replace(work, prompt=prompt)
+            if self._inbox.empty():
+                return snapshot, idle
+        return None
 
     def _round(self, snapshot: Snapshot) -> None:
         pool = self.pool
@@ -109,60 +121,87 @@ class CopyThread(threading.Thread):
             self._unlimited = 2  # one that evicts, one that fills the slots
         if self._unlimited:
             most, self._unlimited = pool.num_slots, self._unlimited - 1
-        wanted = _sorted(scores, missing, descending=True)[:most]
+        wanted = keep.ranked(scores, missing)[:most]
         copied = 0
-        for layer, expert in wanted:
+        for index in wanted:
             slot = pool.take()
             if slot is None:
                 break
-            self._copy(layer, expert, slot)
+            place = self._place(index)
+            self._fetch(*place, slot)
             copied += 1
-            self._pairs[layer, expert] = snapshot.frequency[layer, expert]
-            self._fresh.append((int(layer), int(expert)))
+            self._pairs[place] = snapshot.frequency[place]
+            self._fresh.append(place)
         self._arrive()
-        waiting = wanted[copied + pool.pending :]
-        victims = _sorted(scores, pool.held & (pool.slot_of >= 0), descending=False)
-        for newcomer, victim in zip(waiting, victims, strict=False):
-            if scores[tuple(newcomer)] <= scores[tuple(victim)] + self.control.margin:
-                break
-            place = int(victim[0]), int(victim[1])
-            self.wasted += int(self._pairs[place] == snapshot.frequency[place])
-            self._pairs[place] = -1
+        waiting, here = wanted[copied + pool.pending :], pool.held & (pool.slot_of >= 0)
+        for victim in keep.exchange(scores, waiting, here, self.control.margin)[1]:
+            place = self._place(victim)
+            self._forget(place, snapshot.frequency)
             pool.evict(*place)
         self.control.appraise(scores, pool.held, pool.slot_of >= 0)
 
-    def _copy(self, layer: int, expert: int, slot: int) -> None:
-        """Begin a copy; `_arrive` shows it."""
+    def _exchange(self, idle: Idle) -> None:
+        """While a draft runs: as many experts as the link carries until it ends take residents'
+        slots at once. The next window's kernels wait for them, the next round need not."""
+        pool, began = self.pool, time.perf_counter()
+        most = int((idle.until - began) / float(self.control.costs.h2d(1)))
+        resident = pool.slot_of >= 0
+        pairs = self.control.exchange(idle.pairs, pool.held, resident, most) if most > 0 else ()
+        done = 0
+        for new, old in pairs:
+            newcomer, victim = self._place(new), self._place(old)
+            if not pool.replace(newcomer, victim, self._copy):
+                break
+            self._forget(victim, idle.frequency)
+            self._pairs[newcomer] = idle.frequency[newcomer]
+            done += 1
+        if done:
+            self._wait()
+            self._note("link", f"{done} experts", began)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(layer, expert) of a flat index."""
+        layer, expert = divmod(int(index), self.pool.held.shape[1])
+        return layer, expert
+
+    def _forget(self, place: tuple[int, int], frequency: np.ndarray) -> None:
+        """Its expert is evicted, when every expert had `frequency` pairs."""
+        self.wasted += int(self._pairs[place] == frequency[place])
+        self._pairs[place] = -1
+
+    def _fetch(self, layer: int, expert: int, slot: int) -> None:
+        """Begin a copy into a free slot; `_arrive` shows it."""
         if not self._coming:
             self._began = time.perf_counter()
+        self.pool.held[layer, expert] = True
+        self._copy(layer, expert, slot)
+        self._coming.append((layer, expert, slot))
+        if len(self._coming) == AHEAD:
+            self._arrive()
+
+    def _copy(self, layer: int, expert: int, slot: int) -> None:
+        """Begin a copy."""
         blob = self.store.blobs[layer][expert]
         target = self.pool.memory[slot, : blob.numel()]
-        self.pool.held[layer, expert] = True
         if self._stream is None:
             target.copy_(blob)
         else:
             with torch.cuda.stream(self._stream):
                 target.copy_(blob, non_blocking=True)
         self.bytes_copied += blob.numel()
-        self._coming.append((int(layer), int(expert), slot))
-        if len(self._coming) == AHEAD:
-            self._arrive()
 
     def _arrive(self) -> None:
         """Wait for the copies under way, then show them to the forward thread."""
         if not self._coming:
             return
-        if self._stream is not None:
-            self._copied.record(self._stream)
-            self._copied.synchronize()
+        self._wait()
         for place in self._coming:
             self.pool.load(*place)
         self._note("link", f"{len(self._coming)} experts", self._began)
         self._coming.clear()
 
-
-def _sorted(scores: np.ndarray, mask: np.ndarray, descending: bool) -> np.ndarray:
-    """(layer, expert) rows where `mask`, by score, ties in index order."""
-    where = np.argwhere(mask)
-    key = scores[mask]
-    return where[np.argsort(-key if descending else key, kind="stable")]
+    def _wait(self) -> None:
+        """Sleep until the copies begun so far have arrived."""
+        if self._stream is not None:
+            self._copied.record(self._stream)
+            self._copied.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -44,17 +45,21 @@ class ModelDraft:
         for width in (1, 2):  # what `propose` feeds
             self.target.prepare(width)
         self._seen = torch.empty(0, dtype=torch.int64)  # the tokens that the cache holds
+        self.launched: Callable[[], None] = _nothing  # hears of the first step
 
     def propose(self, tokens: Tensor, gamma: int) -> tuple[Tensor, Tensor | None]:
         device = self.model.device
         tokens = tokens.to(device)
         self._forget_rejected(tokens)
-        drafted, probs = [], []
+        drafted: list[Tensor] = []
+        probs: list[Tensor] = []
         new = tokens[self._seen.numel() :]
         for _ in range(gamma):
             # Two: after a window that was accepted whole, its last token is new here as well.
             feed = self.target.verify if new.numel() <= 2 else self.target.prefill
             logits = feed(new)[-1:]
+            if not drafted:
+                self.launched()
             self._seen = torch.cat([self._seen.to(device), new])
             if self.warp is not None:
                 logits = self.warp(self._seen[None], logits)
@@ -77,6 +82,10 @@ class ModelDraft:
         if keep < self._seen.numel():
             self.target.finish(self._seen.numel() - keep)
             self._seen = self._seen[:keep]
+
+
+def _nothing() -> None:
+    pass
 
 
 class NgramDraft:

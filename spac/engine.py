@@ -27,6 +27,7 @@ from spac.control import Control, Snapshot
 from spac.copier import CopyThread
 from spac.cost import CostModel
 from spac.handoff import HandOff
+from spac.idle import Drafts
 from spac.layout import ExpertTable
 from spac.pool import SlotPool
 from spac.prefill import Prefill, Prompt, area_experts
@@ -93,6 +94,8 @@ class Engine:
         self._bounds = Follower(self.control.bounds, device)
         self.bounds = self._bounds.tensor
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
+        self.drafts = Drafts(self.pool, self.copier, self._state, self.pull, self._learn)
+        self.drafts.wanted = self.control.keeps and config.draft_copies
         self.host_tables = [store.table(layer) for layer in range(num_layers)]
         self.slot_tables = [
             ExpertTable.from_blobs(layout, self.pool.address[layer], memory=self.pool.memory)
@@ -156,6 +159,8 @@ class Engine:
         if layer == 0 and not prefill:
             self._begin_window(hidden.shape[0])
             self.launched()
+        elif layer == 0:
+            self._learn()  # before the first change is published
         self.pool.publish(layer)
         if prefill:
             return self._prefill(layer, hidden, ids, weights)
@@ -283,7 +288,6 @@ class Engine:
 
     def _prefill(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if layer == 0:
-            self._learn()
             self.prefill_tokens += hidden.shape[0]
         self._prompt.add(layer, ids)
         table = self.slot_tables[layer]
@@ -313,8 +317,7 @@ class Engine:
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
         if self.copier.is_alive():
-            state = self._state.on_host()
-            self._learn(state)
+            state = self.drafts.end()
             prompt = self._prompt.take(width)
             if prompt is None and self._snapshot is not None:
                 prompt = self._snapshot.prompt  # one never sent
@@ -330,8 +333,9 @@ class Engine:
     def _learn(self, state: LayerState | None = None) -> None:
         """What the windows so far did by themselves to the slots, from a copy of the state."""
         if self.pull is not None:
-            state = state or self._state.on_host()
-            self.pull.check()
+            if state is None:
+                self.pull.check()
+                state = self._state.on_host()
             if self.control.value is not None:
                 self.pull.value.follow(self.control.value)
             self.pull.learn(state.exchanged, self.pool)

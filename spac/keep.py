@@ -27,26 +27,30 @@ def stream_and_keep(
     lowest value, and so on, while its key is higher. A value of -inf keeps a missing expert from
     staying (its copy is under way), +inf a resident from being replaced (it is leaving).
     """
-    missing = np.flatnonzero((n > 0) & ~resident)
-    streamed = missing[np.argsort(-key[missing], kind="stable")][:streams]
-    idle = np.flatnonzero(resident & (n == 0))
-    old = idle[np.argsort(value[idle], kind="stable")][: len(streamed)]
+    streamed = ranked(key, (n > 0) & ~resident)[:streams]
+    old = ranked(value, resident & (n == 0), descending=False)[: len(streamed)]
     new = streamed[: len(old)]
     better = key[new] > value[old]
     return streamed, new[better], old[better]
 
 
 def exchange(
-    key: Floats, resident: NDArray[np.bool_], most: int, margin: float = 0.0
+    key: Floats, new: Indices, resident: NDArray[np.bool_], margin: float = 0.0
 ) -> tuple[Indices, Indices]:
-    """Of a whole model, flat [L * E]: up to `most` missing experts worth a copy, highest key first,
-    and the residents that each of them replaces, lowest first, as long as they win by `margin`."""
-    missing, held = np.flatnonzero(~resident), np.flatnonzero(resident)
-    new = missing[np.argsort(-key[missing], kind="stable")][:most]
-    old = held[np.argsort(key[held], kind="stable")][: len(new)]
+    """Of a whole model, key and resident [L, E] or flat: which of the missing experts `new`, in the
+    order of `ranked`, are worth a copy, and the residents that each of them replaces, lowest first,
+    as long as they win by `margin`. Flat indices."""
+    old = ranked(key, resident, descending=False)[: len(new)]
     new = new[: len(old)]
-    better = key[new] > key[old] + margin
+    better = key.ravel()[new] > key.ravel()[old] + margin
     return new[better], old[better]
+
+
+def ranked(key: Floats, among: NDArray[np.bool_], descending: bool = True) -> Indices:
+    """Flat indices where `among`, by key, ties in order of the index."""
+    where = np.flatnonzero(among)
+    by = key.ravel()[where]
+    return where[np.argsort(-by if descending else by, kind="stable")]
 
 
 def margin(streamed: float) -> float:

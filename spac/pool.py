@@ -11,6 +11,11 @@ is being written (DESIGN section 4, "Engine"), because a slot goes round like th
 `publish` zeroes the address of a leaving expert in stream order and records an event after it;
 `take` waits for that event, so every kernel that could have read the slot is done. `load` is
 called when the copy has completed; the next `publish` of the layer makes the expert visible.
+
+Between two windows no kernel reads slots. If the forward thread says so (`quiet`), a missing expert
+may take a resident's slot at once (`replace`), until the next `publish`, which has the kernels
+behind it wait for the copies.
+
 Ctrl-C may end the forward thread's work at any line: the next `publish` takes up what it finds, at
 worst a slot is lost.
 """
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,14 +51,21 @@ class SlotPool:
         self.num_slots = num_slots
         self.memory = torch.empty(num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
         self.address = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self.stream: torch.cuda.Stream | None = None  # that the copy thread copies on
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
         self._rows = torch.zeros(
             self.address.shape, dtype=torch.int64, pin_memory=device.type == "cuda"
         )
         self.slot_of = np.full((num_layers, num_experts), -1, dtype=np.int32)  # published
         self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
+        # Set by the forward thread when every kernel that read slots has ended, until `publish`.
+        self.quiet = False
+        self._replaced = False  # since then: copies may be under way
         self.loads = 0
         self.evictions = 0
         self.kept = 0  # loads of experts that were on the GPU for another reason
+        self.doubled = 0  # copies that were no loads: the expert had come by `exchanged` meanwhile
         self._lock = threading.Lock()
         self._mail = [_Mailbox() for _ in layouts]
         self._reclaimed: deque[tuple[int, torch.cuda.Event | None]] = deque(
@@ -63,11 +76,16 @@ class SlotPool:
 
     def publish(self, layer: int | None = None) -> None:
         """Make a layer's changes (None: all layers') visible to the kernels launched from here."""
+        self.quiet = False
         layers = range(len(self._mail)) if layer is None else (layer,)
         mails = [(self._mail[i], self.slot_of[i]) for i in layers]
         if not any(mail.leaving or mail.arriving or mail.unseen for mail, _ in mails):
             return
         with self._lock:
+            if self._replaced:
+                if self.stream is not None:
+                    torch.cuda.current_stream().wait_stream(self.stream)
+                self._replaced = False
             for mail, slot_of in mails:
                 mail.unseen = True
                 while mail.leaving:
@@ -120,6 +138,7 @@ class SlotPool:
                 mail = self._mail[layers[i]]
                 for expert, slot in [m for m in mail.arriving if m[0] == newcomers[i]]:
                     self.loads -= 1
+                    self.doubled += 1
                     mail.freed, mail.unseen = [*mail.freed, slot], True
                     mail.arriving.remove((expert, slot))
             self.loads += len(layers)
@@ -158,6 +177,30 @@ class SlotPool:
             self.evictions += 1
             leaving.append(expert)
 
+    def replace(
+        self,
+        newcomer: tuple[int, int],
+        victim: tuple[int, int],
+        copy: Callable[[int, int, int], None],
+    ) -> bool:
+        """While the pool is quiet: a missing expert takes a resident's slot, (layer, expert) each,
+        into which copy(layer, expert, slot) begins to copy it. False: it is not quiet any more, or
+        one of them has come or gone."""
+        with self._lock:
+            # Before `quiet` is read: a `publish` that ends it meanwhile then waits for the lock.
+            self._mail[victim[0]].unseen = self._mail[newcomer[0]].unseen = True
+            slot = int(self.slot_of[victim])
+            missing = self.slot_of[newcomer] < 0 and not self.held[newcomer]
+            if not self.quiet or not missing or slot < 0 or not self.held[victim]:
+                return False
+            self.slot_of[victim], self.held[victim] = -1, False
+            self.evictions += 1
+            self._replaced = True
+            copy(*newcomer, slot)
+            self.slot_of[newcomer], self.held[newcomer] = slot, True
+            self.loads += 1
+            return True
+
     def take(self) -> int | None:
         """A slot that no kernel reads, or None if none has been reclaimed yet."""
         with self._lock:
@@ -175,6 +218,7 @@ class SlotPool:
             mail = self._mail[layer]
             if self.slot_of[layer, expert] >= 0 and expert not in mail.leaving:
                 self._reclaimed.append((slot, None))
+                self.doubled += 1
                 return
             self.loads += 1
             mail.arriving.append((expert, slot))

@@ -153,7 +153,7 @@ def replay(
     max_copies: copy as the engine does, in rounds of so many a window (`replay_slots.Rounds`), and
     stream as many as `CostModel.streams` says, which do not stay; None: copies follow one another.
     keep: with it, what streams stays as `spac.keep` says. draft_copies: with `keep`, what the last
-    window used is also copied while a draft runs, before the next window begins.
+    window used is also copied while a draft runs, before the next window begins (`spac.idle`).
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
     profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
     prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from; without

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spac.cost import CostModel
-from spac.keep import exchange, margin, stream_and_keep
+from spac.keep import exchange, margin, ranked, stream_and_keep
 from spac.policy import Policy
 
 
@@ -146,26 +146,17 @@ class Rounds(Slots):
     def begin_window(self, policy: Policy, drafting: float = 0.0) -> None:
         idle = max(drafting - self.left, 0.0)
         self.run(drafting)
+        for new, old in self._kept:
+            self._replace(new, old)
+        self._kept = []
+        if self.draft_copies and self._pairs.any():
+            self._exchange(policy, int(idle / self.copy_seconds))
         self.resident[self._leaving] = False
         self.unused[self._leaving] = False
         self.free += len(self._leaving)
         self._leaving = []
         self.resident[self._arrived] = True
         self._arrived = []
-        for new, old in self._kept:
-            self._replace(new, old)
-        self._kept = []
-        if self.draft_copies and self._pairs.any():
-            key = (policy.value() + policy.pair * self._pairs).ravel()
-            key[self._queue] = -np.inf
-            if (wanted := policy.wanted()) is not None:
-                key[~wanted.ravel() & ~self.resident] = -np.inf
-            for new, old in zip(
-                *exchange(key, self.resident, int(idle / self.copy_seconds)), strict=True
-            ):
-                self._replace(int(new), int(old))
-                self.unused[new] = True
-                self.started += 1
         if not self._queue:
             self._round(policy)
         if self.keep_streamed:
@@ -174,6 +165,19 @@ class Rounds(Slots):
             value[self._leaving] = np.inf
             self._value = value.reshape(self._pairs.shape)
         self._streamed = 0
+
+    def _exchange(self, policy: Policy, most: int) -> None:
+        """By the values that the last window began with: it has ended only now."""
+        key = (self._value + policy.pair * self._pairs).ravel()
+        missing = ~self.resident & (key > -np.inf)
+        if (wanted := policy.wanted()) is not None:
+            missing &= wanted.ravel()
+        for new, old in zip(
+            *exchange(key, ranked(key, missing)[:most], self.resident), strict=True
+        ):
+            self._replace(int(new), int(old))
+            self.unused[new] = True
+            self.started += 1
 
     def _replace(self, new: int, old: int) -> None:
         self.wasted += int(self.unused[old])
@@ -189,20 +193,15 @@ class Rounds(Slots):
         least = margin(self._streamed / len(self._pairs)) if by_value else policy.margin
         wanted = policy.wanted()
         missing = ~self.resident if wanted is None else ~self.resident & wanted.ravel()
-        order = np.flatnonzero(missing)
         most = len(score) if self._unlimited else self.most
         self._unlimited = max(self._unlimited - 1, 0)
-        order = order[np.argsort(-score[order], kind="stable")][:most]
+        order = ranked(score, missing)[:most]
         now = min(self.free, len(order))
         self._queue, self.left = order[:now].tolist(), now * self.copy_seconds
         self.free -= now
         self.started += now
         self.unused[self._queue] = True
-        held = np.flatnonzero(self.resident)
-        victims = held[np.argsort(score[held], kind="stable")]
-        for newcomer, victim in zip(order[now + self.free :], victims, strict=False):
-            if score[newcomer] <= score[victim] + least:
-                break
+        for victim in exchange(score, order[now + self.free :], self.resident, least)[1]:
             self.wasted += int(self.unused[victim])
             self._leaving.append(int(victim))
 

@@ -52,7 +52,21 @@ class LayerState:
 
     def on_host(self) -> LayerState:
         """A copy in host memory, once the device has come so far."""
-        self.staging.copy_(self.memory)
+        return self.receive(self.send())
+
+    def send(self) -> torch.cuda.Event | None:
+        """Begin a copy to the host, for `receive`."""
+        self.staging.copy_(self.memory, non_blocking=True)
+        if not self.memory.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def receive(self, sent: torch.cuda.Event | None) -> LayerState:
+        """A copy in host memory, as things stood at `send`."""
+        if sent is not None:
+            sent.synchronize()
         # By numpy: torch copies so much with several threads, which then spin for milliseconds on
         # the cores of the CPU's FFN.
         memory = torch.from_numpy(self.staging.numpy().copy())

@@ -15,6 +15,7 @@ import importlib
 import inspect
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ SEAMS = {
     "cpu side": "spac.handoff:before_answer",  # the worker's rows of one layer, by flags
     "handed": "spac.handoff:HandOff.join",  # the wait for those rows
     "copy": "spac.copier:CopyThread._copy",  # one expert into its slot
-    "order": "spac.copier:_sorted",  # (layer, expert) rows, in which copies and evictions go
+    "order": "spac.keep:ranked",  # experts, in the order in which copies and evictions go
     "solver": "spac.balance:Balancer._solve",  # (threshold index per layer, status) or None
 }
 
@@ -93,14 +94,16 @@ def interrupted(after: int) -> Iterator[Fault]:
     is raised at the next, and `hits` stays 0 if there is none.
 
     Left out are the instant after a lock was taken, against which Python has no means, and
-    generators, which may swallow it while they are thrown away.
+    generators and finalizers, which may swallow it while something is thrown away.
     """
     state = Fault()
 
     def profile(frame: FrameType, event: str, function: Any) -> None:
         if event not in ("call", "c_return") or getattr(function, "__name__", "") == "acquire":
             return
-        code = frame.f_code
+        code, caller = frame.f_code, frame.f_back
+        if caller is not None and caller.f_code is weakref.finalize.__call__.__code__:
+            return
         if code.co_filename.startswith(_FOLDER) and not code.co_flags & inspect.CO_GENERATOR:
             state.calls += 1
             if state.calls == after + 1:

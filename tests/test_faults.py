@@ -82,10 +82,10 @@ def test_a_fault_counts_and_goes_away():
     real = getattr(owner, name)
     scores = torch.rand(2, 3).numpy()
     with fault("order", fail=ValueError("broken"), after=1, times=1) as f:
-        assert len(getattr(owner, name)(scores, scores >= 0, True)) == 6
+        assert len(getattr(owner, name)(scores, scores >= 0)) == 6
         with pytest.raises(ValueError, match="broken"):
-            getattr(owner, name)(scores, scores >= 0, True)
-        assert len(getattr(owner, name)(scores, scores >= 0, True)) == 6
+            getattr(owner, name)(scores, scores >= 0)
+        assert len(getattr(owner, name)(scores, scores >= 0)) == 6
     assert (f.calls, f.hits) == (3, 1) and getattr(owner, name) is real
 
 

@@ -101,6 +101,9 @@ def test_bench_generate_at_full_size(trace, tmp_path, capsys):
     for name in ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident"):
         assert out.count(f"| {name} |") == 2
     assert "weights are random, so text is not" in out and "the best with SD" in out
+    assert '"draft_copies": true' in out
+    argv += ["--tokens", "4", "--warmup", "2", "--providers", "spac", "--no-draft-copies"]
+    assert main(argv) == 0 and '"draft_copies": false' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

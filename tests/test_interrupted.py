@@ -30,13 +30,13 @@ def small(tiny_moe):
     return tiny_moe(num_hidden_layers=2, num_experts=4)
 
 
-def settings_and_budget(model, **settings):
+def settings_and_budget(model, draft=None, **settings):
     settings = {"max_length": 128, "rebalance_every": 2} | settings
-    return settings, bytes_for_ratio(model, 0.5, SpacConfig(**settings))
+    return settings, bytes_for_ratio(model, 0.5, SpacConfig(**settings), draft)
 
 
-def text(model, new=24):
-    return spac.generate(model, PROMPT, draft="ngram", num_draft_tokens=3, max_new_tokens=new).cpu()
+def text(model, new=24, draft="ngram"):
+    return spac.generate(model, PROMPT, draft=draft, num_draft_tokens=3, max_new_tokens=new).cpu()
 
 
 def after_each(step, what):
@@ -107,6 +107,51 @@ def test_the_next_text_is_right(tiny_moe, way):
             stops += range(0, f.calls, f.calls // 12)
         assert torch.equal(text(model), expected), stop
         spac.detach(model)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_copies_while_a_draft_runs(tiny_moe, monkeypatch, static):
+    """Ctrl-C between the third draft's begin and the first layer of its window: what kernels are
+    shown is whole, and the next text is right."""
+    model, draft = tiny_moe(num_hidden_layers=2), tiny_moe(num_hidden_layers=1)
+    expected = model.generate(PROMPT, max_new_tokens=24, do_sample=False)
+    ways = {"stream_missing": True, "static_windows": static, "max_copies": 2}
+    settings, budget = settings_and_budget(model, draft, **ways)
+    spac.attach(model, budget, draft=draft, **settings)
+    engine = attachment(model).engine
+    pool, store, begin, split = engine.pool, engine.store, engine.drafts.begin, engine._split
+    stack, drafts, found = contextlib.ExitStack(), [], []
+
+    def third(tokens):
+        drafts.append(tokens)
+        if len(drafts) == 3:
+            found.append(stack.enter_context(interrupted(after=place)))
+        begin(tokens)
+
+    def layer(*args):
+        stack.close()
+        return split(*args)
+
+    for place in range(0, NEVER, 3):
+        drafts.clear()
+        with monkeypatch.context() as m, stack, contextlib.suppress(KeyboardInterrupt):
+            m.setattr(engine.drafts, "begin", third)
+            m.setattr(engine, "_split", layer)
+            text(model, draft=draft)
+        engine._learn()
+        pool.publish()
+        slots = pool.slot_of.copy()
+        assert len(set(slots[slots >= 0].tolist())) == (slots >= 0).sum()
+        for i, expert in zip(*(slots >= 0).nonzero(), strict=True):
+            slot, blob = int(slots[i, expert]), store.blobs[i][expert]
+            assert torch.equal(pool.memory[slot, : blob.numel()].cpu(), blob), place
+        assert pool.address.cpu().ne(0).equal(torch.from_numpy(slots >= 0)), place
+        if place % 12 == 0:
+            assert torch.equal(text(model, draft=draft), expected), place
+        if not found[-1].hits:
+            break
+    assert place > 60
+    spac.detach(model)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here torch does the device's part")

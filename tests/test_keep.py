@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from spac.cost import CostModel
-from spac.keep import exchange, margin, stream_and_keep
+from spac.keep import exchange, margin, ranked, stream_and_keep
 from spac.policy import make_policy
 from spac.replay import Window, replay
 
@@ -49,12 +49,14 @@ def test_the_highest_keys_stream_and_replace_the_lowest_idle_values(experts):
 def test_an_exchange_never_lowers_a_key_and_ends_at_the_margin():
     rng = np.random.default_rng()
     key, resident = rng.random(60), rng.random(60) < 0.5
-    new, old = exchange(key, resident, 60)
+    missing = ranked(key, ~resident)
+    new, old = exchange(key, missing, resident)
     after = resident.copy()
     after[new], after[old] = True, False
     assert after.sum() == resident.sum() and key[after].min() > key[~after].max()
-    assert len(exchange(key, resident, 3)[0]) <= 3
-    few, whose = exchange(key, resident, 60, 0.4)
+    three = exchange(key.reshape(6, 10), missing[:3], resident.reshape(6, 10))
+    assert np.array_equal(three, (new[:3], old[:3]))
+    few, whose = exchange(key, missing, resident, 0.4)
     assert len(few) < len(new) and (key[few] > key[whose] + 0.4).all()
 
 

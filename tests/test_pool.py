@@ -1,6 +1,7 @@
 """The slot protocol as a state machine: a slot that is read is never a slot in flight."""
 
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ class SlotProtocol(RuleBasedStateMachine):
         self.filling: dict[int, tuple[int, int]] = {}
         self.unknown: list[tuple[int, int, int]] = []  # exchanges
         self.interrupted = False
+        self.unpublished: set[int] = set()  # layers of which no kernel may run: replaced since
 
     def slot_tag(self, slot: int) -> torch.Tensor:
         return self.pool.memory[slot, :8].view(torch.int64)
@@ -33,7 +35,12 @@ class SlotProtocol(RuleBasedStateMachine):
     @rule(layer=st.none() | st.integers(0, LAYERS - 1))
     def forward_passes(self, layer):
         self.learn()
+        self.publish(layer)
+
+    def publish(self, layer):
         self.pool.publish(layer)
+        assert not self.pool.quiet
+        self.unpublished -= set(range(LAYERS) if layer is None else [layer])
 
     def learn(self):
         while self.unknown:
@@ -59,6 +66,8 @@ class SlotProtocol(RuleBasedStateMachine):
     def window_exchanges(self, layer, newcomer, victim):
         """The device puts a missing expert into a resident's slot; the host hears of it later."""
         address = self.pool.address[layer]
+        if self.pool.quiet or layer in self.unpublished:
+            return
         if address[newcomer] == 0 and address[victim] != 0:
             slot = (int(address[victim]) - self.pool.memory.data_ptr()) // self.pool.slot_bytes
             self.slot_tag(slot)[0] = layer * EXPERTS + newcomer
@@ -69,13 +78,41 @@ class SlotProtocol(RuleBasedStateMachine):
     def forward_is_interrupted(self, layer, place):
         self.learn()
         with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
-            self.pool.publish(layer)
+            self.publish(layer)
         self.interrupted |= bool(f.hits)
+
+    @rule()
+    def a_draft_begins(self):
+        self.learn()
+        self.pool.quiet = True
+
+    @precondition(lambda self: self.pool.quiet)
+    @rule(
+        newcomer=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)),
+        victim=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)),
+    )
+    def draft_replaces(self, newcomer, victim):
+        pool, slots = self.pool, self.pool.slot_of
+        leaving = {(i, e) for i, mail in enumerate(pool._mail) for e in mail.leaving}
+        right = slots[victim] >= 0 and victim not in leaving
+        right = right and slots[newcomer] < 0 and not pool.held[newcomer]
+        before = int(slots[victim]), pool.loads, pool.evictions
+
+        def copy(layer, expert, slot):
+            assert (layer, expert) == newcomer and slot == before[0]
+            self.slot_tag(slot)[0] = layer * EXPERTS + expert
+
+        assert pool.replace(newcomer, victim, copy) == right
+        if right:
+            assert (int(slots[newcomer]), pool.loads - 1, pool.evictions - 1) == before
+            assert slots[victim] == -1 and not pool.held[victim] and pool.held[newcomer]
+            self.unpublished |= {newcomer[0], victim[0]}
 
     @rule(layer=st.integers(0, LAYERS - 1), place=st.integers(0, 30), data=st.data())
     def prefill_exchanges(self, layer, place, data):
         """The area holds the experts that it brings; place 30 is mostly after the end."""
         self.learn()
+        self.publish(layer)
         pool = self.pool
         old = [e for e in range(EXPERTS) if pool.slot_of[layer, e] >= 0 and pool.held[layer, e]]
         new = [e for e in range(EXPERTS) if not pool.held[layer, e] and pool.slot_of[layer, e] < 0]
@@ -112,7 +149,7 @@ class SlotProtocol(RuleBasedStateMachine):
     @invariant()
     def what_kernels_can_reach_is_complete(self):
         base, size = self.pool.memory.data_ptr(), self.pool.slot_bytes
-        for layer in range(LAYERS):
+        for layer in set(range(LAYERS)) - self.unpublished:
             for expert, address in enumerate(self.pool.address[layer].tolist()):
                 if address:
                     slot = (address - base) // size
@@ -156,6 +193,67 @@ class SlotProtocol(RuleBasedStateMachine):
 
 SlotProtocol.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestSlotProtocol = SlotProtocol.TestCase
+
+
+def resident(device):
+    """A pool of one slot, with expert 2 in it, and no kernel that reads."""
+    pool = SlotPool([LAYOUT], 1, torch.device(device))
+    pool.held[0, 2] = True
+    pool.load(0, 2, pool.take())
+    pool.publish()
+    pool.quiet = True
+    return pool
+
+
+def test_a_window_waits_for_a_copy_that_has_begun_and_lets_none_begin():
+    pool, begun, go, shown = resident("cpu"), *(threading.Event() for _ in range(3))
+
+    def copy(layer, expert, slot):
+        begun.set()
+        assert go.wait(30)
+
+    def window():
+        pool.publish(0)
+        shown.set()
+
+    copying = threading.Thread(target=pool.replace, args=((0, 4), (0, 2), copy))
+    copying.start()
+    assert begun.wait(30)
+    forward = threading.Thread(target=window)
+    forward.start()
+    assert not shown.wait(0.05) and int(pool.address[0, 2]) != 0
+    go.set()
+    forward.join(30)
+    copying.join(30)
+    assert pool.address[0].nonzero().tolist() == [[4]]
+    assert not pool.replace((0, 1), (0, 4), copy)
+
+
+def test_a_copy_that_fails_costs_the_slot_and_nothing_else():
+    def copy(layer, expert, slot):
+        raise OSError("bus error")
+
+    pool = resident("cpu")
+    with pytest.raises(OSError, match="bus error"):
+        pool.replace((0, 4), (0, 2), copy)
+    pool.publish()
+    assert not pool.address.any() and not pool.held.any() and (pool.slot_of == -1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_wait_for_what_was_replaced():
+    pool = resident("cuda")
+    blob = torch.full((pool.slot_bytes,), 7, dtype=torch.uint8).pin_memory()
+
+    def copy(layer, expert, slot):
+        with torch.cuda.stream(pool.stream):
+            torch.cuda._sleep(50_000_000)
+            pool.memory[slot].copy_(blob, non_blocking=True)
+
+    assert pool.replace((0, 4), (0, 2), copy)
+    assert not pool.stream.query()
+    pool.publish()
+    assert (pool.memory[0].clone() == 7).all() and int(pool.address[0, 4])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import spac
 from spac import ops, reference
+from spac.attachment import attachment
+from spac.budget import bytes_for_ratio
+from spac.config import SpacConfig
 from spac.keep import stream_and_keep
 from spac.kernels.pull import pull, wait
 from spac.kernels.split_window import split_window
@@ -163,7 +167,31 @@ def test_a_copy_that_comes_second_gives_its_slot_back():
     pool.exchanged(*np.array([[0, 3, 0]]).T)
     pool.load(0, 3, slot)
     pool.publish()
-    assert pool.take() == slot and pool.loads - pool.evictions == 1
+    assert pool.take() == slot and pool.loads - pool.evictions == 1 == pool.doubled
+
+
+def test_a_prompt_learns_before_it_publishes(tiny_moe):
+    """The last window of a text exchanged experts, and the copy thread evicts one: the next text's
+    prompt must not be shown slots as they were before that window."""
+    settings = {"max_length": 256, "max_window": 8, "max_copies": 0, "stream_missing": True}
+    model = tiny_moe(num_hidden_layers=1)
+    spac.attach(model, bytes_for_ratio(model, 0.5, SpacConfig(**settings)), **settings)
+    engine = attachment(model).engine
+    pool, told = engine.pool, torch.full((1, 2), -1)
+    for _ in range(50):
+        if (told >= 0).any():
+            break
+        prompt = torch.randint(0, 96, (1, 20))
+        spac.generate(model, prompt, max_new_tokens=6)
+        told = engine._state.exchanged[0].cpu()
+    assert (told >= 0).any()
+    resident = np.flatnonzero(pool.slot_of[0] >= 0)
+    pool.evict(0, int(np.setdiff1d(resident, told[:, 1].numpy())[0]))
+    spac.generate(model, prompt, max_new_tokens=1)
+    begin, slots = pool.memory.data_ptr(), pool.slot_of.astype(np.int64)
+    shown = np.where(slots >= 0, begin + slots * pool.slot_bytes, 0)
+    assert np.array_equal(pool.address.cpu().numpy(), shown)
+    spac.detach(model)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20], ids=lambda n: f"T{n}")

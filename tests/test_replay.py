@@ -287,6 +287,11 @@ def test_bench_predict(tmp_path):
     found = [dict(zip(table.columns, r, strict=True)) for r in table.rows]
     assert [f["provider"] for f in found] == ["spac", "resident"]
     assert found[1]["coverage"] == 1 and found[0]["ms/step"] > found[1]["ms/step"] > 3
+    drafts = [notes[0], full_size.RUN + json.dumps(said | {"draft_copies": True})]
+    (tmp_path / "m.json").write_text(json.dumps({"rows": rows, "notes": drafts}))
+    more = dict(zip(table.columns, bench("predict", *words).rows[0], strict=True))
+    for name in ("coverage", "copies/step", "GB/token"):
+        assert more[name] > found[0][name]
     for text in ("{}", json.dumps({"rows": rows, "notes": notes[:1]})):
         (tmp_path / "m.json").write_text(text)
         with pytest.raises(ValueError, match="m.json: no result of bench generate --shape"):
