@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
-import spac.kernels.fused_linear as products
 from spac.bench.kernels import graph_seconds
 from spac.decoder import few_launches
 from spac.kernels import pdl
@@ -24,23 +23,12 @@ from spac.target import StaticTarget
 SHAPES = {"qwen3-30b-a3b": (2048, 32, 4, None, 128), "qwen3-0.6b": (1024, 16, 8, 3072, None)}
 D, ROTATE = 128, 8
 DEV = "cuda"
-# Early start, programs of a product, columns of a gated one. Programs change the order of a sum.
-VARIANTS = {
-    "no early start": (pdl.OFF, 264, 16),
-    "early": (pdl.WAIT, 264, 16),
-    "early, weights before": (pdl.WEIGHTS, 264, 16),
-    "the same, gated by 8": (pdl.WEIGHTS, 264, 8),
-    "the same, 132 programs": (pdl.WEIGHTS, 132, 16),
-    "the same, 528 programs": (pdl.WEIGHTS, 528, 16),
-}
+MODES = {"none": pdl.OFF, "wait": pdl.WAIT, "weights": pdl.WEIGHTS}
 CACHED, ROUNDS = 600, 200
 
 
 def decoder(report: Any) -> list[str]:
-    """A line for each kernel, shape and width: us of ours and of torch, GB/s of what ours reads.
-
-    The calls in turn need nothing of each other, so that those that start early overlap.
-    """
+    """A line for each kernel, shape and width: us of ours and of torch, GB/s of what ours reads."""
     lines = []
     for shape, (H, heads, kv, inter, experts) in SHAPES.items():
         matrices = {"qkv": [heads * D, kv * D, kv * D], "out": [H]}
@@ -132,8 +120,8 @@ def _attention(report: Any, name: str, W: int, heads: int, kv: int, length: int)
 
 
 def steps(report: Any) -> list[str]:
-    """Forwards of random models in CUDA graphs, VARIANTS taking turns: median us of a step. Where
-    sums have the same order, each of the ROUNDS steps must give the same bits."""
+    """Forwards of random models in CUDA graphs, the modes of kernels/pdl.py taking turns: median us
+    of a step. Every mode must give the same bits in each of the ROUNDS steps."""
     lines = []
     draft = Qwen3Config(**_sizes("qwen3-0.6b"), num_hidden_layers=28, vocab_size=151936)
     lines += _steps(report, "qwen3-0.6b, a step", draft, (1, 2), 1)
@@ -176,49 +164,49 @@ def _steps(report: Any, name: str, config: Any, widths: tuple[int, ...], layers:
     lines = [f"{name}: {nbytes / 4.3e6 / layers:.1f} us for its bytes at 4.3 TB/s"]
     for width in widths:
         label = f"{name}, W={width}"
-        times = report.part(label, lambda w=width: compare(model, w))
-        for variant, seconds in (times or {}).items():
-            lines.append(f"  {label}: {variant:24s} {seconds * 1e6 / layers:8.1f} us")
+        times = report.part(label, lambda w=width: compare_modes(model, w))
+        for mode, seconds in ({} if times is None else times).items():
+            lines.append(f"  {label}, early start: {mode:8s} {seconds * 1e6 / layers:8.1f} us")
     return lines
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, width: int) -> dict[str, float]:
-    """Median seconds of a graph of each variant. Raises AssertionError if their logits differ."""
+def compare_modes(model: PreTrainedModel, width: int) -> dict[str, float]:
+    """Median seconds of a graph of each mode. Raises AssertionError if their logits differ."""
     prompt = torch.randint(0, model.config.vocab_size, (CACHED,), device=DEV)
-    targets = {}
-    chosen = pdl.MODE, products.PROGRAMS, products.GATED_COLUMNS
+    targets, chosen = {}, pdl.MODE
     try:
-        for name, variant in VARIANTS.items():
-            pdl.MODE, products.PROGRAMS, products.GATED_COLUMNS = variant
-            target = targets[name] = StaticTarget(model, None, CACHED + 100)
+        for mode, value in MODES.items():
+            pdl.MODE = value
+            target = targets[mode] = StaticTarget(model, None, CACHED + 100)
             target.prefill(prompt)
             target.prepare(width)
             if few_launches not in target._ways or width not in target.captured:
-                raise AssertionError(f"{name}: not captured: {target.reasons}")
+                raise AssertionError(f"{mode}: not captured: {target.reasons}")
     finally:
-        pdl.MODE, products.PROGRAMS, products.GATED_COLUMNS = chosen
-    first = next(iter(targets.values()))
+        pdl.MODE = chosen
+    first = targets["none"]
     for target in targets.values():
         for ours, theirs in zip(target.cache.layers, first.cache.layers, strict=True):
             ours.keys.copy_(theirs.keys)
             ours.values.copy_(theirs.values)
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(ROUNDS):
         tokens = torch.randint(0, model.config.vocab_size, (width,), device=DEV)
-        expected: dict[int, Tensor] = {}  # by the order of sums
-        for name, target in targets.items():
+        logits = {}
+        for mode, target in targets.items():
             window: Any = target._windows[width]
             window.tokens.copy_(tokens)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(200_000)  # the host launches meanwhile
             begin.record()
-            window.graph.replay()
+            for graph in window.graphs:
+                graph.replay()
             end.record()
             end.synchronize()
-            times[name].append(begin.elapsed_time(end) * 1e-3)
-            wanted = expected.setdefault(VARIANTS[name][1], window.logits.clone())
-            if not torch.isfinite(wanted).all() or not torch.equal(window.logits, wanted):
-                raise AssertionError(f"{name}: other logits than the first with this order of sums")
+            times[mode].append(begin.elapsed_time(end) * 1e-3)
+            logits[mode] = window.logits.clone()
             target.finish(width)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+        for mode, found in logits.items():
+            if not torch.isfinite(found).all() or not torch.equal(found, logits["none"]):
+                raise AssertionError(f"{mode}: other logits than without an early start")
+    return {mode: statistics.median(seconds) for mode, seconds in times.items()}

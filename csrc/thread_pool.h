@@ -27,11 +27,12 @@ inline void cpu_pause() {
 #endif
 }
 
-// Waits for ready(): spins, then gives the core away, for machines with more threads than cores.
+// Waits for ready(): spins, then gives the core away. The scheduler may put two threads on one core
+// while another is free; the one with work would else have to wait for the end of a time slice.
 template <class Ready>
 void spin_until(Ready ready) {
   for (int i = 0; !ready(); ++i) {
-    if (i < 4096)
+    if (i < 512)
       cpu_pause();
     else
       std::this_thread::yield();
@@ -118,8 +119,10 @@ class ThreadPool {
       uint32_t round;
       while ((round = round_.load(std::memory_order_acquire)) == seen) {
         for (int i = 0; i < 64 && round_.load(std::memory_order_relaxed) == seen; ++i) cpu_pause();
-        if (std::chrono::steady_clock::now() > deadline &&
-            !awake_.load(std::memory_order_relaxed))
+        if (std::chrono::steady_clock::now() <= deadline) continue;
+        if (awake_.load(std::memory_order_relaxed))
+          std::this_thread::yield();  // as in spin_until
+        else
           round_.wait(seen, std::memory_order_acquire);
       }
       seen = round;

@@ -14,15 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spac.kernels.common import activate, split_gate_up
+from spac.kernels.common import activate, gate_up_tile, matmul_tile
 from spac.kernels.config import TOKEN_ROWS, Tile, device_of, fit
-from spac.kernels.dot import dot
 from spac.kernels.pdl import let_next_start, pdl_args, prefetch, wait_for_previous
 
-PROGRAMS = 264  # that a product aims at: two for each multiprocessor of an H200
-GATED_COLUMNS = 16  # of gate and of up in a program
+_PROGRAMS = 264  # two for each multiprocessor of an H200
 _PIECE = 256  # the shortest sum of a part
-_WARPS = tl.constexpr(4)
 
 
 @triton.jit
@@ -38,46 +35,6 @@ def parts_args(parts: Tensor, dtype: torch.dtype) -> dict[str, object]:
     """Keyword arguments of every kernel that reads `parts` [P, T, N] as values of `dtype`."""
     kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return {"stride_p": parts.stride(0), "PARTS": parts.shape[0], "DTYPE": kind[dtype]}
-
-
-@triton.jit
-def _product(
-    x_ptr,
-    stride_xt,
-    T,
-    w_ptr,
-    offs_w,
-    mask_n,
-    K,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """fp32 [BLOCK_M, BLOCK_N] = x @ w.T over K elements; `offs_w` [BLOCK_N]: where w's rows begin.
-
-    Each warp has a part of the sum for all columns. With all of the sum for a few columns it would
-    make one product after the other, each of which waits for the one before.
-    """
-    part: tl.constexpr = BLOCK_K // _WARPS
-    k = tl.arange(0, _WARPS)[:, None] * part + tl.arange(0, part)[None, :]
-    offs_t = tl.arange(0, BLOCK_M)
-    x_ptrs = x_ptr + offs_t[None, :, None] * stride_xt + k[:, None, :]
-    w_ptrs = w_ptr + offs_w[None, None, :] + k[:, :, None]
-    mask_t, mask_n = (offs_t < T)[None, :, None], mask_n[None, None, :]
-    acc = tl.zeros((_WARPS, BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs, mask=mask_t, other=0.0)
-            w = tl.load(w_ptrs, mask=mask_n, other=0.0)
-        else:
-            mask_k = k < K - k0
-            x = tl.load(x_ptrs, mask=mask_t & mask_k[:, None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_k[:, :, None] & mask_n, other=0.0)
-        acc = dot(x, w, acc)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -116,10 +73,21 @@ def _linear_kernel(
     offs_w = offs_n.to(tl.int64) * K + gap + begin
     prefetch(w_ptr, offs_w, offs_n < N, end, 4, EARLY)
     wait_for_previous(EARLY)
-    y = _product(
-        x_ptr + begin, stride_xt, T, w_ptr, offs_w, offs_n < N, end, EVEN_K, BLOCK_M, BLOCK_N,
+    y = matmul_tile(
+        x_ptr + begin,
+        offs_t,
+        stride_xt,
+        offs_t < T,
+        w_ptr,
+        offs_w,
+        offs_n < N,
+        1,
+        end,
+        BLOCK_M,
+        BLOCK_N,
         BLOCK_K,
-    )  # fmt: skip
+        EVEN_K,
+    )
     at = (part * T + offs_t)[:, None] * N + offs_n[None, :]
     tl.store(out_ptr + at, y, mask=(offs_t < T)[:, None] & (offs_n < N)[None, :])
 
@@ -146,15 +114,14 @@ def _gated_kernel(
     offs_t = tl.arange(0, BLOCK_M)
     n0 = tl.program_id(0) * BLOCK_N
     offs_n = n0 + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, 2 * BLOCK_N)  # the gate rows come first
-    unit = n0 + column % BLOCK_N
-    offs_w = unit.to(tl.int64) * K + tl.where(column < BLOCK_N, 0, up_offset)
-    prefetch(gate_ptr, offs_w, unit < N, K, 4, EARLY)
+    offs_w = offs_n.to(tl.int64) * K
+    prefetch(gate_ptr, offs_w, offs_n < N, K, 8, EARLY)
+    prefetch(gate_ptr, offs_w + up_offset, offs_n < N, K, 8, EARLY)
     wait_for_previous(EARLY)
-    both = _product(
-        x_ptr, stride_xt, T, gate_ptr, offs_w, unit < N, K, EVEN_K, BLOCK_M, 2 * BLOCK_N, BLOCK_K
-    )
-    gate, up = split_gate_up(both, BLOCK_M, BLOCK_N, False)
+    gate, up = gate_up_tile(
+        x_ptr, offs_t, stride_xt, offs_t < T, gate_ptr, gate_ptr, K, 1, up_offset, 0, 0, n0, K, N,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, False,
+    )  # fmt: skip
     # Rounded where torch rounds: the products, the activation, the result.
     dtype = out_ptr.dtype.element_ty
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
@@ -205,7 +172,7 @@ def fused_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     N = sum(rows)
     tile = _tile(x, 32, 1)
     blocks = triton.cdiv(N, tile.block_n)
-    parts = max(1, min(2 ** round(math.log2(max(1, PROGRAMS / blocks))), K // _PIECE))
+    parts = max(1, min(2 ** round(math.log2(max(1, _PROGRAMS / blocks))), K // _PIECE))
     piece = triton.cdiv(triton.cdiv(K, parts), tile.block_k) * tile.block_k
     parts = triton.cdiv(K, piece)
     out = torch.empty(parts, T, N, dtype=torch.float32, device=x.device)
@@ -235,7 +202,7 @@ def fused_gated(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     T, K = _check(x, [gate, up], 2)
     N = gate.shape[0]
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    tile = _tile(x, GATED_COLUMNS, 2)
+    tile = _tile(x, 16, 2)
     _gated_kernel[(triton.cdiv(N, tile.block_n),)](
         x,
         x.stride(0),
@@ -283,9 +250,9 @@ def add_norm(
 
 def _tile(x: Tensor, block_n: int, columns: int) -> Tile:
     if x.dtype == torch.float32:
-        return Tile(TOKEN_ROWS, min(block_n, 16), 64, _WARPS.value, 2)
+        return Tile(TOKEN_ROWS, 16, 64, 4, 2)
     shared = device_of(x.device).shared
-    return fit(Tile(TOKEN_ROWS, block_n, 128, _WARPS.value, 5), columns, x.element_size(), shared)
+    return fit(Tile(TOKEN_ROWS, block_n, 128, 4, 5), columns, x.element_size(), shared)
 
 
 def _gap(first: Tensor, other: Tensor, rows: int) -> int:

@@ -33,6 +33,8 @@ from spac.kernels.config import device_of
 
 OFF, WAIT, WEIGHTS = range(3)
 MODE = WEIGHTS  # WAIT: start early, but do nothing before the previous kernel is complete
+# Of larger weights, what is asked for early delays the kernel in front more than it helps.
+_MOST_BYTES = 14 << 20
 
 
 def pdl_args(
@@ -41,13 +43,15 @@ def pdl_args(
     """Keyword arguments of a launch whose kernel has EARLY, one of the modes above.
 
     chained: it may start early; False: only the next one may. read_early: what it gives to
-    `prefetch`, which takes rows of whole 16 bytes; with others it does nothing before it waits.
+    `prefetch`, which takes rows of whole 16 bytes; with others, and with large ones, it does
+    nothing before it waits.
     """
     hopper = device.type == "cuda" and torch.version.hip is None and device_of(device).major >= 9
     if not hopper or MODE == OFF:
         return {"EARLY": OFF}
     whole = all(t.data_ptr() % 16 == t.shape[-1] * t.itemsize % 16 == 0 for t in read_early)
-    return {"EARLY": MODE if whole else WAIT, "launch_pdl": chained}
+    small = sum(t.numel() * t.itemsize for t in read_early) <= _MOST_BYTES
+    return {"EARLY": MODE if whole and small else WAIT, "launch_pdl": chained}
 
 
 @triton.jit

@@ -55,7 +55,7 @@ BEFORE = {
     (pdl.WEIGHTS, "_add_norm_kernel"): {"ld.global": 1},
     (pdl.WEIGHTS, "_window_attention_kernel"): {"ld.global": 1},
 }
-PREFETCHES = {"_linear_kernel": 1, "_gated_kernel": 1, "_window_attention_kernel": 2}
+PREFETCHES = {"_linear_kernel": 1, "_gated_kernel": 2, "_window_attention_kernel": 2}
 
 
 @pytest.mark.parametrize("mode", [pdl.WAIT, pdl.WEIGHTS])
