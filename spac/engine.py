@@ -32,7 +32,7 @@ from spac.layout import ExpertTable
 from spac.pool import SlotPool
 from spac.prefill import Prefill, Prompt, area_experts
 from spac.pull import Pull, most_places
-from spac.split import Split, Work
+from spac.split import Split, WorkClock
 from spac.staging import Staging
 from spac.state import Follower, LayerState
 from spac.store import HostStore
@@ -94,7 +94,7 @@ class Engine:
         self._bounds = Follower(self.control.bounds, device)
         self.bounds = self._bounds.tensor
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
-        self.drafts = Drafts(self.pool, self.copier, self._state, self.pull, self._learn)
+        self.drafts = Drafts(self.pool, self.copier, self._state, self.pull)
         self.drafts.wanted = self.control.keeps and config.draft_copies
         self.host_tables = [store.table(layer) for layer in range(num_layers)]
         self.slot_tables = [
@@ -103,7 +103,7 @@ class Engine:
         ]
         self._host_address = torch.stack([t.address for t in self.host_tables]).to(device)
         self._prompt = Prompt(num_layers, num_experts, device)
-        self._snapshot: Snapshot | None = None
+        self._told: np.ndarray | None = None  # of a prompt, what the copy thread does not know yet
         self.windows = 0
         self.prefill_tokens = 0
         self._prefill_bytes = 0
@@ -115,10 +115,8 @@ class Engine:
         self._before: Tensor | None = None
         shape = num_layers, config.max_window, top_k
         self._window_ids = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._width, self._began = 0, 0.0
-        # For the split: when the worker was busy in the last window, what was counted before it.
-        self._worker_times: np.ndarray | None = None
-        self._counted: tuple[np.ndarray, np.ndarray] | None = None
+        self._width, self._last_width, self._began = 0, 0, 0.0
+        self._clock = WorkClock()
         self._staging: Staging | None = None
         self._forwarding = threading.Lock()
         self._process = os.getpid()
@@ -249,7 +247,9 @@ class Engine:
         """Before a forward by flags over `width` tokens: every layer's slot changes, the bell."""
         assert self.handoff is not None
         self._begin_window(width)
-        self.pool.publish()
+        if self.pool.changed:
+            self.drafts.learn()
+            self.pool.publish()
         if not self._everything:
             self.handoff.begin(width)
 
@@ -260,7 +260,7 @@ class Engine:
         if self.handoff is None:
             return
         self.handoff.check()
-        times = self._worker_times = self.handoff.times.numpy() * 1e-9
+        times = self._clock.times = self.handoff.times.numpy() * 1e-9
         self.handoff.times.zero_()
         self.cpu_seconds += float((times[:, 1] - times[:, 0]).sum())
         if self.spans is not None:
@@ -308,56 +308,38 @@ class Engine:
             raise RuntimeError(
                 f"spac: the copy thread stopped: {self.copier.error}"
             ) from self.copier.error
-        last_width, self._width = self._width, width
+        self._last_width, self._width = self._width, width
         self.windows += 1
         self._began = time.perf_counter()
         if self.control.split is not None:
             self._streams.follow(self.control.split.streams)
         self._bounds.follow(self.control.bounds)
+        if self.pull is not None and self.control.value is not None:
+            self.pull.value.follow(self.control.value)
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
         if self.copier.is_alive():
-            state = self.drafts.end()
+            self.drafts.end()
             prompt = self._prompt.take(width)
-            if prompt is None and self._snapshot is not None:
-                prompt = self._snapshot.prompt  # one never sent
-            self._snapshot = Snapshot(
-                self.windows,
-                time.perf_counter(),
-                state.utility.numpy(),
-                state.frequency.numpy(),
-                prompt,
-                self._work(last_width, state),
-            )
+            self._told = self._told if prompt is None else prompt
 
-    def _learn(self, state: LayerState | None = None) -> None:
-        """What the windows so far did by themselves to the slots, from a copy of the state."""
+    def _learn(self) -> None:
+        """Let the pool follow what all windows so far did by themselves to the slots."""
         if self.pull is not None:
-            if state is None:
-                self.pull.check()
-                state = self._state.on_host()
-            if self.control.value is not None:
-                self.pull.value.follow(self.control.value)
-            self.pull.learn(state.exchanged, self.pool)
-
-    def _work(self, width: int, state: LayerState) -> Work | None:
-        """Of the last window, if it went by flags."""
-        times, self._worker_times = self._worker_times, None
-        before, self._counted = self._counted, (state.counters.numpy(), state.streamed.numpy())
-        if times is None or before is None:
-            return None
-        waited = state.waited.numpy() * 1e-6
-        counts, streamed = (now - then for now, then in zip(self._counted, before, strict=True))
-        return Work(width, counts, streamed[:, 0], times, waited)
+            self.drafts.take()
+            self.pull.check()
+            self.pull.learn(self._state.on_host().exchanged, self.pool)
+            self._state.exchanged.fill_(-1)
 
     def launched(self) -> None:
-        """The host has nothing more to do for the window: the copy thread may have its turn.
-
-        Not before, because both need Python's lock.
-        """
-        if self._snapshot is not None:
-            self.copier.submit(self._snapshot)
-            self._snapshot = None
+        """The window is launched: now the host learns what the one before did, and the copy thread
+        may have its turn; not before, because both need Python's lock."""
+        state = self.drafts.take()
+        if state is not None and self.copier.is_alive():
+            buffers = state.utility.numpy(), state.frequency.numpy()
+            work = self._clock.work(self._last_width, state)
+            self.copier.submit(Snapshot(self.windows, self._began, *buffers, self._told, work))
+            self._told = None
 
     def settle(self, accepted: Tensor) -> None:
         """After a verify window: count the pairs of rejected tokens by `rejected_weight`."""

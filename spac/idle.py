@@ -4,7 +4,8 @@ Once the host has read what a window gave, no kernel reads a slot until the next
 forward thread, while the first step of the draft runs, learns what the window did to the slots and
 declares the pool quiet; the copy thread chooses (`Control.exchange`) and copies. So the host delays
 the draft by one small copy, and Ctrl-C never meets a slot half changed. The next window finds the
-state on the host, and is launched without a wait for the draft's end.
+state on the host, and is launched without a wait for the draft's end. Without a draft the state is
+sent when a window begins, and learnt when it is under way, unless a change has to be published.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,19 +36,19 @@ class Drafts:
         copier: CopyThread,
         state: LayerState,
         pull: Pull | None,
-        learn: Callable[[LayerState], None],
     ) -> None:
-        """state: the device's; learn(state in host memory) tells the pool what windows changed."""
+        """state: the device's."""
         self.wanted = False  # copies in drafts; without them `begin` does nothing
         self._pool, self._copier, self._device = pool, copier, state
-        self._pull, self._learn = pull, learn
+        self._pull = pull
         self._seconds: deque[float] = deque(maxlen=_DRAFTS)  # per token
         self._tokens = 0  # of the draft that is measured
         self._start: _Moment | None = None
         self._end: _Moment | None = None
-        self._sent: torch.cuda.Event | None = None
+        # A copy of the state to the host that nobody has read yet, and when it is there.
+        self._pending, self._sent = False, cast("torch.cuda.Event | None", None)
         self._frequency: np.ndarray | None = None  # when the last window began
-        self._state: LayerState | None = None  # at its end, if a draft runs since
+        self._state: LayerState | None = None  # at its end, if it is known already
 
     def begin(self, tokens: int) -> None:
         """The host has read all that the last window gave, and launches a draft of so many tokens
@@ -57,40 +58,56 @@ class Drafts:
         self._start = self._end = None
         if not (self.wanted and tokens and self._copier.is_alive()):
             return
-        self._check()
-        self._tokens, self._sent = tokens, self._device.send()
+        self._send()
+        self._tokens = tokens
         self._start = _Moment(self._pool.memory.is_cuda)
 
     def launched(self) -> None:
         """The first step of the draft that `begin` announced is on its way."""
         if self._start is None:
             return
-        state = self._device.receive(self._sent)
-        self._learn(state)
-        self._state = state
+        state = self.learn()
+        if state is None:
+            return
         self._pool.quiet = True
         if self._frequency is not None and self._seconds:
             until = self._start.host + self._tokens * statistics.median(self._seconds)
             frequency = state.frequency.numpy()
             self._copier.submit(Idle(frequency, frequency - self._frequency, until))
 
-    def end(self) -> LayerState:
-        """A window begins, before its first `publish`: the state, in host memory."""
+    def end(self) -> None:
+        """A window begins. RuntimeError if the link failed in the one before."""
         if not self._pool.quiet:  # something else than the draft has run
             self._start = None
         if self._start is not None and self._end is None:
             self._end = _Moment(self._pool.memory.is_cuda)
-        state, self._state = self._state, None
-        if state is None:
-            self._check()
-            state = self._device.on_host()
-            self._learn(state)
-        self._frequency = state.frequency.numpy()
+        if self._state is None:
+            self._send()
+
+    def learn(self) -> LayerState | None:
+        """Let the pool follow what windows have changed, if it has not. Before the next `publish`;
+        the next window may be under way."""
+        if self._pending:
+            state = self._device.receive(self._sent)
+            if self._pull is not None:
+                self._pull.learn(state.exchanged, self._pool)
+            self._state, self._pending = state, False
+        return self._state
+
+    def take(self) -> LayerState | None:
+        """The state when the window began, in host memory."""
+        state, self._state = self.learn(), None
+        if state is not None:
+            self._frequency = state.frequency.numpy()
         return state
 
-    def _check(self) -> None:
+    def _send(self) -> None:
+        self.learn()  # what Ctrl-C has left
         if self._pull is not None:
             self._pull.check()
+        self._sent = self._device.send()
+        self._pending = True
+        self._device.exchanged.fill_(-1)
 
 
 class _Moment:

@@ -74,6 +74,12 @@ class SlotPool:
 
     # forward thread
 
+    @property
+    def changed(self) -> bool:
+        """There is something to publish."""
+        mails = self._mail
+        return self.quiet or any(m.leaving or m.arriving or m.unseen for m in mails)
+
     def publish(self, layer: int | None = None) -> None:
         """Make a layer's changes (None: all layers') visible to the kernels launched from here."""
         self.quiet = False

@@ -70,14 +70,14 @@ class Pull:
             raise RuntimeError("spac: an expert did not cross the link in time; detach and attach")
 
     def learn(self, exchanged: Tensor, pool: SlotPool) -> None:
-        """Tell the pool what the last window exchanged: the state's part, in host memory."""
+        """Tell the pool what the last window exchanged: the state's part, in host memory. The
+        caller sets it to -1 on the device."""
         rows = exchanged.numpy()
         layers, places = np.nonzero(rows[..., 0] >= 0)
         if len(layers):
             newcomers, victims = rows[layers, places].T
             new = pool.slot_of[layers, victims] >= 0  # else an interrupted call has told it already
             pool.exchanged(layers[new], newcomers[new], victims[new])
-            self._exchanged.fill_(-1)
 
 
 def _fill(places: Places, nbytes: int) -> None:

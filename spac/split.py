@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from spac.cost import CostModel, fit
+from spac.state import LayerState
 
 _WINDOWS = 32  # that an answer rests on
 _REFIT = 8  # windows from one answer to the next
@@ -33,6 +34,24 @@ class Work:
     streamed: np.ndarray  # int64 [L], experts that the GPU read
     times: np.ndarray  # [L, 2] seconds: the worker's begin and end, 0 if it had nothing to do
     waited: np.ndarray  # [L] seconds that the device waited for it
+
+
+class WorkClock:
+    """Tells what each window did from what was counted before and after it."""
+
+    def __init__(self) -> None:
+        self.times: np.ndarray | None = None  # of the last window, if it went by flags
+        self._counted: tuple[np.ndarray, np.ndarray] | None = None
+
+    def work(self, width: int, state: LayerState) -> Work | None:
+        """Of the last window, of `width` tokens; None if its times are not known."""
+        times, self.times = self.times, None
+        before, self._counted = self._counted, (state.counters.numpy(), state.streamed.numpy())
+        if times is None or before is None:
+            return None
+        waited = state.waited.numpy() * 1e-6
+        counts, streamed = (now - then for now, then in zip(self._counted, before, strict=True))
+        return Work(width, counts, streamed[:, 0], times, waited)
 
 
 class Split:

@@ -139,7 +139,7 @@ def test_how_long_a_draft_takes(monkeypatch):
     monkeypatch.setattr("spac.idle.time.perf_counter", lambda: now[0])
     pool, thread = SlotPool([LAYOUT], 2, torch.device("cpu")), Thread()
     state = LayerState.new(1, EXPERTS, 1, torch.device("cpu"))
-    drafts = Drafts(pool, thread, state, None, lambda state: None)
+    drafts = Drafts(pool, thread, state, None)
     drafts.wanted = True
 
     def step(tokens, seconds, window=pool.publish):
@@ -148,6 +148,7 @@ def test_how_long_a_draft_takes(monkeypatch):
         now[0] += seconds
         drafts.end()
         window()
+        drafts.take()
         state.frequency.add_(tokens)
 
     step(2, 8.0)  # before it no window, and no draft of known length
@@ -164,6 +165,7 @@ def test_how_long_a_draft_takes(monkeypatch):
     now[0] += 1000
     drafts.end()
     pool.publish()
+    drafts.take()
     step(1, 1.0)
     assert thread.told[-1].until == now[0] - 1 + 3.5  # of 4, 3, 100, 3
     drafts.begin(0)
@@ -171,19 +173,52 @@ def test_how_long_a_draft_takes(monkeypatch):
     assert not pool.quiet
 
 
-def test_the_next_window_knows_the_state_already():
-    pool, learnt = SlotPool([LAYOUT], 2, torch.device("cpu")), []
+class Learnt:
+    """In the place of a pull: what it was told, in order."""
+
+    def __init__(self):
+        self.told = []
+
+    def check(self):
+        pass
+
+    def learn(self, exchanged, pool):
+        self.told.append(exchanged.clone())
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_the_state_is_read_once(draft):
+    """As it was before the window; what that exchanges is for the next one."""
+    pool, pull = SlotPool([LAYOUT], 2, torch.device("cpu")), Learnt()
     state = LayerState.new(1, EXPERTS, 1, torch.device("cpu"))
-    drafts = Drafts(pool, Thread(), state, None, learnt.append)
+    drafts = Drafts(pool, Thread(), state, pull)
     drafts.wanted = True
-    drafts.begin(3)
-    assert not pool.quiet
-    drafts.launched()
-    assert pool.quiet
-    known = drafts.end()
-    assert len(learnt) == 1 and learnt[0] is known and known.memory is not state.memory
-    state.frequency.add_(1)
-    assert (drafts.end().frequency == 1).all() and len(learnt) == 2
+    for window in range(4):
+        state.exchanged.fill_(window)
+        if draft:
+            drafts.begin(3)
+            assert not pool.quiet
+            drafts.launched()
+            assert pool.quiet and len(pull.told) == window + 1
+        drafts.end()
+        assert (state.exchanged == -1).all() and len(pull.told) == window + draft
+        pool.publish()
+        state.frequency.add_(1)  # the window is under way
+        known = drafts.take()
+        assert (known.frequency == window).all() and drafts.take() is None
+        assert [int(told.unique()) for told in pull.told] == list(range(window + 1))
+
+
+def test_what_an_interrupted_window_left_is_learnt_first():
+    pool, pull = SlotPool([LAYOUT], 2, torch.device("cpu")), Learnt()
+    state = LayerState.new(1, EXPERTS, 1, torch.device("cpu"))
+    drafts = Drafts(pool, Thread(), state, pull)
+    state.exchanged.fill_(5)
+    drafts.end()  # and then Ctrl-C
+    state.exchanged.fill_(6)
+    drafts.end()
+    drafts.take()
+    assert [int(told.unique()) for told in pull.told] == [5, 6]
 
 
 def machinery(slots, most):

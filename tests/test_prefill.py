@@ -87,7 +87,7 @@ def test_a_snapshot_that_comes_late_keeps_its_prompt(tiny_moe):
     copier, zeros = engine.copier, engine.frequency.cpu().numpy()
     for window, prompt in enumerate((None, zeros + 3.0, None)):
         copier.submit(Snapshot(window, 0.0, zeros, zeros, prompt))
-    latest = copier._latest()
+    latest, _ = copier._latest()
     assert latest.window == 2 and (latest.prompt == 3).all()
     spac.detach(model)
 

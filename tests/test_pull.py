@@ -147,7 +147,6 @@ def test_the_pool_follows(device):
     pool.evict(0, 2)  # at the same time
     pool.held[0, 6] = True  # a copy of the other, into another slot, is under way
     link.learn(exchanged.cpu(), pool)
-    assert (exchanged == -1).all()
     assert pool.slot_of[0].tolist() == [slots[0], -1, -1, -1, -1, slots[1], slots[2], -1]
     assert pool.held[0].tolist() == [True, False, False, False, False, True, True, False]
     pool.evict(0, 1)  # one that has left
