@@ -15,6 +15,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +38,7 @@ from spac.staging import Staging
 from spac.state import Follower, LayerState
 from spac.store import HostStore
 
+CUT = 4  # layers of a window's first CUDA graph: they last as long as to launch the second one
 COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -110,6 +112,7 @@ class Engine:
         self.cpu_seconds = 0.0  # in the CPU's FFN
         self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
         self.handoff: HandOff | None = None
+        self.cut: Callable[[], None] | None = None  # called before layer CUT, by flags
         self.by_flags = False  # the layers called meanwhile hand over by flags (spac.handoff)
         # For settle: utility at the start of the window, and its ids.
         self._before: Tensor | None = None
@@ -213,6 +216,8 @@ class Engine:
     def _handed(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, handoff: HandOff
     ) -> Tensor:
+        if layer == CUT and self.cut is not None:
+            self.cut()
         gpu_ids, cpu_ids, table = self._split(layer, ids)
         if self._everything:
             return ops.expert_ffn_table(hidden, gpu_ids, weights, table, hidden.dtype)

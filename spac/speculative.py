@@ -203,7 +203,7 @@ def _accept(
     tokens: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """(accepted [], new ids [accepted + 1], the same on the host) for the window's logits [W, V]."""
+    """(accepted [], new ids [accepted + 1], these on the host) for the window's logits [W, V]."""
     if warp is not None:
         logits = warp(tokens[None], logits)
     if generator is None:

@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,10 +83,10 @@ class NotCapturable(ValueError):
 
 @dataclass
 class _Window:
-    """A forward over a fixed number of tokens; graph None: run eagerly."""
+    """A forward over a fixed number of tokens; no graphs: run eagerly."""
 
     tokens: Tensor
-    graph: torch.cuda.CUDAGraph | None = None
+    graphs: list[torch.cuda.CUDAGraph] = field(default_factory=list)  # to be launched in order
     logits: Tensor | None = None
     flags: bool = True  # hand over to the CPU by flags; False: the engine's eager way
 
@@ -136,7 +136,7 @@ class StaticTarget:
     @property
     def captured(self) -> list[int]:
         """Widths that run as one graph."""
-        return sorted(w for w, window in self._windows.items() if window.graph is not None)
+        return sorted(w for w, window in self._windows.items() if window.graphs)
 
     def reset(self) -> None:
         """Begin another text."""
@@ -160,13 +160,14 @@ class StaticTarget:
         ready = self._windows[width]
         if ready.flags and self.engine is not None:
             self.engine.begin_window(width)
-        if ready.graph is None or ready.logits is None:
+        if not ready.graphs or ready.logits is None:
             logits = self._run(window, ready.flags)
             if self.engine is not None:
                 self.engine.launched()
             return logits
         ready.tokens.copy_(window)
-        ready.graph.replay()
+        for graph in ready.graphs:
+            graph.replay()
         if self.engine is not None:  # asleep, since a thread that spins takes a core from the FFN
             self._ended.record()
             self.engine.launched()
@@ -205,7 +206,7 @@ class StaticTarget:
                 if way is not ways[-1]:
                     self._ways.remove(way)
                     log.warning("spac: windows without %s: %s", way.__name__, reason)
-        window.graph, window.flags = None, False
+        window.graphs, window.flags = [], False
         reason = f"windows of {width} tokens run eagerly: {reason}"
         self.reasons.append(reason)
         log.warning("spac: %s", reason)
@@ -228,12 +229,14 @@ class StaticTarget:
             torch.cuda.synchronize()
             if self.engine is not None:
                 self.engine.check()
-            graph = torch.cuda.CUDAGraph()
-            # The copy thread and the worker go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                logits = self._run(window.tokens, True)
-            window.graph, window.logits = graph, logits
+            with _Recorder(self._pool) as recorder:
+                if self.engine is not None:
+                    self.engine.cut = recorder.cut
+                window.logits = self._run(window.tokens, True)
+            window.graphs = recorder.graphs
         finally:
+            if self.engine is not None:
+                self.engine.cut = None
             self._own_lengths = False
             self._lengths.copy_(lengths)
             if self.engine is not None and before is not None:
@@ -266,6 +269,30 @@ class StaticTarget:
         if self._own_lengths:
             self._lengths.add_(tokens.numel())
         return logits
+
+
+class _Recorder:
+    """Captures in one CUDA graph, or in several that `cut` separates: the first, a short one, runs
+    while the next is launched."""
+
+    def __init__(self, pool: Any) -> None:
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool = pool
+
+    def __enter__(self) -> _Recorder:
+        self.graphs.append(torch.cuda.CUDAGraph())
+        # The copy thread and the worker go on calling CUDA meanwhile.
+        mode = "thread_local"
+        self._capture = torch.cuda.graph(self.graphs[-1], self._pool, capture_error_mode=mode)
+        self._capture.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._capture.__exit__(*error)
+
+    def cut(self) -> None:
+        self.__exit__(None, None, None)
+        self.__enter__()
 
 
 def _first_line(error: BaseException) -> str:

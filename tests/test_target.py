@@ -13,6 +13,7 @@ from spac import ops
 from spac.attachment import attachment
 from spac.budget import bytes_for_ratio
 from spac.config import SpacConfig
+from spac.engine import CUT
 from spac.handoff import HandOff
 from spac.layout import ExpertLayout
 from spac.store import HostStore
@@ -54,6 +55,21 @@ def test_the_text_is_that_of_the_plain_model(tiny_moe, prompt, ratio, gamma, str
     assert stats["windows"] > 0 and bool(stats["streamed_experts"]) == (streams and ratio < 1)
     if streams and ratio == 0.4:  # what the GPU reads stays
         assert 0 < stats["kept_experts"] <= stats["streamed_experts"]
+    spac.detach(model)
+
+
+@pytest.mark.parametrize("layers", [CUT, CUT + 1, CUT + 3])
+def test_a_deep_model_runs_in_two_graphs(tiny_moe, prompt, layers, device):
+    sizes = {"num_hidden_layers": layers}
+    plain = spac.generate(tiny_moe(**sizes).to(device), prompt, max_new_tokens=30).cpu()
+    model = attach(tiny_moe(**sizes), 0.4, stream_missing=True)
+    engine = attachment(model).engine
+    engine.streams.copy_(torch.arange(len(engine.streams)) // 2)
+    text = spac.generate(model, prompt, draft="ngram", num_draft_tokens=3, max_new_tokens=30)
+    assert text.cpu().tolist() == plain.tolist()
+    if device == "cuda":
+        windows = attachment(model).targets[id(model)]._windows.values()
+        assert {len(w.graphs) for w in windows} == {1 + (layers > CUT)}
     spac.detach(model)
 
 
