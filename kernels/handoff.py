@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import globaltimer
+
+from spac.kernels.flag import LONGEST, wait_for
 
 _BLOCK = 1024
-_LONGEST = 3_000_000  # microseconds of a wait
 
 
 @triton.jit
@@ -43,14 +43,6 @@ def _ring_kernel(bell_ptr, window_ptr, layer):
 
 
 @triton.jit
-def _look(flag_ptr, THREADS: tl.constexpr):
-    """The flag in host memory, read by one thread: what every thread reads of it by itself would
-    keep the link busy with nothing else."""
-    offs = tl.arange(0, THREADS)
-    return tl.max(tl.load(flag_ptr + offs, mask=offs == 0, other=0, volatile=True), axis=0)
-
-
-@triton.jit
 def _join_kernel(
     partial_ptr,
     rest_ptr,
@@ -63,27 +55,16 @@ def _join_kernel(
     waited_ptr,
     layer,
     longest,
-    THREADS: tl.constexpr,
-    CLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first program waits for the CPU, up to `longest` microseconds (looks, without CLOCK), not
-    at all if a wait has failed before; the others wait for what it says behind `seen_ptr`."""
+    """The first program waits for the CPU, the others for what it says behind `seen_ptr`."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     total = tl.load(partial_ptr + offs, mask=mask)
     window = tl.load(window_ptr)
     if tl.program_id(0) == 0:
-        begin = globaltimer() if CLOCK else 0
-        limit = tl.where(_look(failed_ptr, THREADS) == 0, longest, 0)
-        waited = 0
-        done = _look(done_ptr + layer, THREADS)
-        while (done < window) & (waited < limit):
-            done = _look(done_ptr + layer, THREADS)
-            waited = ((globaltimer() - begin) // 1000).to(tl.int32) if CLOCK else waited + 1
+        waited = wait_for(done_ptr + layer, window, failed_ptr, longest)
         tl.store(waited_ptr + layer, waited)
-        if done < window:
-            tl.store(failed_ptr, 1)
         tl.debug_barrier()
         tl.atomic_xchg(seen_ptr + layer, window, sem="release")
     else:
@@ -123,7 +104,7 @@ def join(
     seen: Tensor,
     waited: Tensor,
     layer: int,
-    longest: int = _LONGEST,
+    longest: int = LONGEST,
 ) -> Tensor:
     """partial + rest in `dtype`, fp32 [T, H] each, rest in host memory once done[layer] >= window.
 
@@ -135,6 +116,6 @@ def join(
     n = y.numel()
     _join_kernel[(triton.cdiv(n, _BLOCK),)](
         partial.contiguous(), rest, y, n, done, failed, window, seen, waited, layer, longest,
-        THREADS=128, CLOCK=partial.is_cuda, BLOCK=_BLOCK, num_warps=4,
+        BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return y

@@ -12,9 +12,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from spac.kernels.flag import LONGEST, wait_for
+
 _PROGRAMS = 64  # of 16 KB in flight each
 _BLOCK = 4096
-MAX_POLLS = 4_000_000  # of about half a microsecond
 
 
 @triton.jit
@@ -47,24 +48,18 @@ def _pull_kernel(
 
 
 @triton.jit
-def wait_for_place(flags_ptr, place, failed_ptr, max_polls):
-    """Until the expert of this place has come; too long a wait sets `failed` and goes on."""
-    left = max_polls
-    here = tl.load(flags_ptr + place, volatile=True)
-    while (here == 0) & (left > 0):
-        left -= 1
-        here = tl.load(flags_ptr + place, volatile=True)
-    if here == 0:
-        tl.store(failed_ptr, 1)
+def wait_for_place(flags_ptr, place, failed_ptr, longest):
+    """Until the expert of this place has come, or `wait_for` gives up."""
+    wait_for(flags_ptr + place, 1, failed_ptr, longest)
     tl.atomic_add(flags_ptr + place, 0, sem="acquire")
     tl.debug_barrier()  # no thread reads the expert before all have seen it
 
 
 @triton.jit
-def _wait_kernel(source_ptr, flags_ptr, failed_ptr, max_polls, PLACES: tl.constexpr):
+def _wait_kernel(source_ptr, flags_ptr, failed_ptr, longest, PLACES: tl.constexpr):
     for place in range(PLACES):
         if tl.load(source_ptr + place) != 0:
-            wait_for_place(flags_ptr, place, failed_ptr, max_polls)
+            wait_for_place(flags_ptr, place, failed_ptr, longest)
 
 
 def pull(places: Any, nbytes: int) -> None:
@@ -84,13 +79,13 @@ def pull(places: Any, nbytes: int) -> None:
     )
 
 
-def wait(places: Any) -> None:
+def wait(places: Any, longest: int = LONGEST) -> None:
     """Let the kernels launched from here begin when every place is complete."""
     _wait_kernel[(1,)](
         places.source,
         places.flags,
         places.failed,
-        MAX_POLLS,
+        longest,
         PLACES=len(places.source),
         num_warps=1,
     )

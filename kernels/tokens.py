@@ -25,7 +25,8 @@ from spac.kernels.common import (
 )
 from spac.kernels.config import FFNConfig
 from spac.kernels.dequant import quantized_args
-from spac.kernels.pull import MAX_POLLS, place_args, wait_for_place
+from spac.kernels.flag import LONGEST
+from spac.kernels.pull import place_args, wait_for_place
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _gate_up_tokens_kernel(
     place_ptr,
     flags_ptr,
     failed_ptr,
-    max_polls,
+    longest,
     gate_stride,
     gate_k_stride,
     up_offset,
@@ -123,7 +124,7 @@ def _gate_up_tokens_kernel(
     if WAIT:  # the down product comes after this launch: it finds every expert there
         place = tl.load(place_ptr + e)
         if place >= 0:
-            wait_for_place(flags_ptr, place, failed_ptr, max_polls)
+            wait_for_place(flags_ptr, place, failed_ptr, longest)
     mask_t = row >= 0
     n0 = tl.program_id(1) * BLOCK_N
     bias_at = bias_offset + e.to(tl.int64) * bias_skew
@@ -306,7 +307,7 @@ def expert_ffn_tokens(
         h,
         arrived,
         columns,
-        max_polls=MAX_POLLS,
+        longest=LONGEST,
         COLUMNS=triton.next_power_of_2(columns),
         EVEN_K=H % gate_up.block_k == 0,
         **common,

@@ -196,7 +196,7 @@ class Engine:
             resident_ids, cpu_ids, counts, _, _ = ops.verify(ids, address, *state, most)
             self.frequency[layer] += counts
             return resident_ids, cpu_ids, table
-        places = None if self.pull is None else self.pull.places[layer]
+        places = None if self.pull is None else self.pull.choose(layer)
         address, cpu_ids = ops.split_window(
             ids,
             address,
@@ -319,8 +319,10 @@ class Engine:
         if self.control.split is not None:
             self._streams.follow(self.control.split.streams)
         self._bounds.follow(self.control.bounds)
-        if self.pull is not None and self.control.value is not None:
-            self.pull.value.follow(self.control.value)
+        if self.pull is not None:
+            self.pull.resume(self.pool)
+            if self.control.value is not None:
+                self.pull.value.follow(self.control.value)
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
         if self.copier.is_alive():
@@ -331,6 +333,7 @@ class Engine:
     def _learn(self) -> None:
         """Let the pool follow what all windows so far did by themselves to the slots."""
         if self.pull is not None:
+            self.pull.resume(self.pool)
             self.drafts.take()
             self.pull.check()
             self.pull.learn(self._state.on_host().exchanged, self.pool)

@@ -107,6 +107,10 @@ class SlotPool:
                 mail.unseen, mail.freed = False, []
                 self._reclaimed.extend(freed)
 
+    def show_again(self, layer: int) -> None:
+        """Nobody knows what the kernels see of a layer; the next `publish` writes it again."""
+        self._mail[layer].unseen = True
+
     def exchange(self, layer: int, old: list[int], new: list[int], blobs: list[Tensor]) -> None:
         """Experts `new`, whose weights `blobs` are on the device, take the slots of residents `old`
         in stream order: the kernels launched so far read the old ones, those to come the new."""

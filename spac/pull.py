@@ -43,21 +43,38 @@ class Pull:
         # What experts are worth, float32 [L, E]; nothing stays until that is known.
         self.value = Follower(np.full(shape, -np.inf, dtype=np.float32), memory.device)
         self.places = Places.over(memory, self.value.tensor, exchanged)
+        self._due: int | None = None  # the layer whose places are being chosen
         self._stream: torch.cuda.Stream | None = None
         if memory.is_cuda:
             # First in the queue, since those that wait for it must not keep it out.
             self._stream = torch.cuda.Stream(memory.device, priority=-1)
 
+    def choose(self, layer: int) -> Places:
+        """For `ops.split_window`; what it chooses is shown already, so `start` must follow."""
+        self._due = layer
+        return self.places[layer]
+
+    def resume(self, pool: SlotPool) -> None:
+        """Fill the slots of a window that Ctrl-C ended between `choose` and `start`."""
+        if self._due is not None:
+            places = self.places[self._due]
+            places.source.masked_fill_(places.exchanged[:, 0] < 0, 0)
+            pool.show_again(self._due)
+            self.start(self._due)
+            self.finish()
+
     def start(self, layer: int) -> None:
         """Begin with the layer's places, once the current stream has come here."""
         places, nbytes = self.places[layer], self._bytes[layer]
         if self._stream is None:
-            return _fill(places, nbytes)
-        from spac.kernels.pull import pull
+            _fill(places, nbytes)
+        else:
+            from spac.kernels.pull import pull
 
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            pull(places, nbytes)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                pull(places, nbytes)
+        self._due = None
 
     def finish(self) -> None:
         """Let the current stream go on when all have come: the places may be used again."""

@@ -274,9 +274,10 @@ def _give_places(
     places.exchanged.fill_(-1)
     stays = places.of[new].long()
     places.target[stays] = address[old]
-    places.exchanged[stays] = torch.stack([new, old], 1).to(places.exchanged)
     address[new] = address[old]
     address[old] = 0
+    # Last: without it, who was interrupted finds things as they were (`Pull.resume`).
+    places.exchanged[stays] = torch.stack([new, old], 1).to(places.exchanged)
 
 
 def settle(

@@ -154,6 +154,43 @@ def test_copies_while_a_draft_runs(tiny_moe, monkeypatch, static):
     spac.detach(model)
 
 
+def test_what_a_window_has_shown_arrives(tiny_moe, monkeypatch):
+    """Ctrl-C while an eager window chooses what streams: what is shown later is whole."""
+    model = tiny_moe(num_hidden_layers=2)
+    expected = text(tiny_moe(num_hidden_layers=2))
+    settings, budget = settings_and_budget(model, stream_missing=True, static_windows=False)
+    spac.attach(model, budget, **settings)
+    engine = attachment(model).engine
+    pool, split = engine.pool, engine._split
+    stack, found = contextlib.ExitStack(), []
+
+    def choose(layer, ids):
+        if engine.windows == third and layer == 1:
+            found.append(stack.enter_context(interrupted(after=place)))
+        result = split(layer, ids)
+        stack.close()
+        return result
+
+    for place in range(NEVER):
+        third = engine.windows + 3
+        with monkeypatch.context() as m, stack, contextlib.suppress(KeyboardInterrupt):
+            m.setattr(engine, "_split", choose)
+            text(model)
+        engine._learn()
+        pool.publish()
+        for i, expert in zip(*(pool.slot_of >= 0).nonzero(), strict=True):
+            blob = engine.store.blobs[i][expert]
+            slot = pool.memory[int(pool.slot_of[i, expert]), : blob.numel()].cpu()
+            assert torch.equal(slot, blob), place
+        shown = pool.address.cpu().ne(0)
+        assert shown.equal(torch.from_numpy(pool.slot_of >= 0)), place
+        if not found[-1].hits:
+            break
+    assert place > 30 and pool.kept > 0
+    assert torch.equal(text(model), expected)
+    spac.detach(model)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here torch does the device's part")
 def test_worker_and_device_agree_on_the_window():
     """Wherever the window before, of one row, was given up."""

@@ -69,13 +69,10 @@ def test_brings_whole_experts(experts, way, device):
     assert not places.arrived.any() and not places.failed.any()
 
 
-def test_who_does_not_come_is_an_error(device, monkeypatch):
-    import spac.kernels.pull
-
+def test_who_does_not_come_is_an_error(device):
     _, _, _, host, link = make(device=device)
     order(link.places[0], host, [1])
-    monkeypatch.setattr(spac.kernels.pull, "MAX_POLLS", 20)
-    wait(link.places[0])
+    wait(link.places[0], longest=20)
     if device == "cuda":
         torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="an expert did not cross the link in time"):
