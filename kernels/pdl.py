@@ -6,12 +6,16 @@ every program of the one in front has called `let_next_start` or has ended. `wai
 holds it until all earlier kernels are complete and what they wrote is visible. So
 
 - such a kernel reads and writes nothing that an earlier one may touch before it has waited. Before
-  that come the weights alone, which no kernel writes, and prefetches into L2, where they cannot
-  become stale. Every kernel that is launched so waits, also if it needs nothing of the previous
-  one: the kernel behind it relies on that for all before it.
+  that come the weights, which no kernel writes, prefetches into L2, where they cannot become stale,
+  and a layer's state (kernels/split_window.py), if what wrote it has ended long before. It is not
+  enough that this came in front: a kernel that knows nothing of all this lets the next one start
+  when its programs have ended, and what they wrote may not be visible before the wait. Every kernel
+  that is launched so waits, also if it needs nothing of the previous one: the kernel behind it
+  relies on that for all before it.
 - kernels that wait for another agent, for the CPU (kernels/handoff.py) or for the copies of experts
   (kernels/tokens.py with places), neither let the next one start early nor are launched so, nor is
-  the first kernel behind them (`chained=False`). Programs that start early take the room of a
+  the first kernel behind them (`chained=False`). Nor does the kernel that they stand behind,
+  split_window, let anyone start early. Programs that start early take the room of a
   multiprocessor while they wait: behind a kernel that waits for the copy kernel they could keep
   that one from starting.
 
@@ -32,7 +36,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from spac.kernels.config import device_of
 
 OFF, WAIT, WEIGHTS = range(3)
-MODE = WEIGHTS  # WAIT: start early, but do nothing before the previous kernel is complete
+MODE = WEIGHTS  # WAIT: start early, but ask for no weights before the previous kernel is complete
 # Of larger weights, what is asked for early delays the kernel in front more than it helps.
 _MOST_BYTES = 14 << 20
 

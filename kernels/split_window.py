@@ -1,7 +1,8 @@
 """Who computes a window's experts: slots, the link or the CPU, in one launch of one program.
 
 Few numbers are involved, so that waiting for memory is what takes time: everything is loaded once,
-pairs are counted by comparing every one with every expert, and experts are ranked likewise.
+pairs are counted by comparing every one with every expert, and experts are ranked likewise. Where
+the layer's state was complete before the kernel in front began, it is loaded while that one runs.
 What crosses the link stays, in the slot of a resident that the window does not need.
 """
 
@@ -14,7 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spac.kernels.pdl import pdl_args, wait_for_previous
 from spac.kernels.verify import check_state
+
+_WARPS = 16
+_COMPARISONS = 1 << 12  # at a time
 
 
 @triton.jit
@@ -57,6 +62,7 @@ def _split_window_kernel(
     EXPERTS: tl.constexpr,
     CHUNK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     offs = tl.arange(0, EXPERTS)
     mask = offs < E
@@ -72,6 +78,7 @@ def _split_window_kernel(
     streamed = tl.load(streamed_ptr)
     if PLACES > 0:
         value = tl.load(value_ptr + offs, mask=mask, other=0.0)
+    wait_for_previous(EARLY)  # the ids come from the kernel in front; places are in use till here
 
     n = _count(ids_ptr, num_pairs, offs, E, EXPERTS, BLOCK_P)
     tl.store(frequency_ptr + offs, frequency + n, mask=mask)
@@ -170,8 +177,12 @@ def split_window(
     streamed: Tensor,
     max_utility: int,
     places: Any = None,
+    chained: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `spac.reference.split_window`; every tensor but ids contiguous."""
+    """As `spac.reference.split_window`; every tensor but ids contiguous.
+
+    chained: as of `ops.split_window`.
+    """
     E = address.numel()
     check_state(address, utility, bounds, counters)
     checked = [
@@ -196,7 +207,7 @@ def split_window(
     where = torch.empty_like(address)
     cpu_ids = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
     experts = triton.next_power_of_2(E)
-    most = max(1, (1 << 14) // experts)  # comparisons at a time
+    most = max(1, _COMPARISONS // experts)
     _split_window_kernel[(1,)](
         ids,
         address,
@@ -225,6 +236,7 @@ def split_window(
         EXPERTS=experts,
         CHUNK_E=min(experts, most),
         BLOCK_P=min(triton.next_power_of_2(ids.numel()), most),
-        num_warps=8,
+        num_warps=_WARPS,
+        **pdl_args(ids.device, chained),
     )
     return where, cpu_ids

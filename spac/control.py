@@ -133,8 +133,8 @@ class Control:
         return keep.margin(self._streamed) if self.keeps else self.policy.margin
 
     def appraise(self, scores: np.ndarray, held: np.ndarray, resident: np.ndarray) -> None:
-        """Set `value` [L, E] after a round of copies. Experts that are under way have a copy coming:
-        they are not to be kept (-inf). Those that leave have left when a window sees it."""
+        """Set `value` [L, E] after a round of copies. Experts that are on their way are
+        not to be kept (-inf). Those that leave have left when a window sees it."""
         self._scores = scores
         value = scores.astype(np.float32)
         value[~resident & (held | ~self.wanted())] = -np.inf

@@ -184,9 +184,11 @@ class Engine:
             rest = self._staging.send_back(rest, self.device)
         return ops.combine([partial, rest], hidden.dtype)
 
-    def _split(self, layer: int, ids: Tensor) -> tuple[Tensor, Tensor, ExpertTable]:
+    def _split(
+        self, layer: int, ids: Tensor, chained: bool = False
+    ) -> tuple[Tensor, Tensor, ExpertTable]:
         """ids [T, k] for the GPU and for the CPU, -1 elsewhere, and where the GPU finds experts;
-        the utility moves on."""
+        the utility moves on. chained: as of `ops.split_window`."""
         if self.config.rejected_weight < 1:
             self._window_ids[layer, : ids.shape[0]] = ids
         state = self.utility[layer], self.bounds[layer], self.counters[layer]
@@ -207,6 +209,7 @@ class Engine:
             self.streamed[layer],
             most,
             places,
+            chained,
         )
         if self.pull is not None:
             self.pull.start(layer)
@@ -218,7 +221,8 @@ class Engine:
     ) -> Tensor:
         if layer == CUT and self.cut is not None:
             self.cut()
-        gpu_ids, cpu_ids, table = self._split(layer, ids)
+        # Slot changes were published before the window, and its first kernel waited for them.
+        gpu_ids, cpu_ids, table = self._split(layer, ids, chained=True)
         if self._everything:
             return ops.expert_ffn_table(hidden, gpu_ids, weights, table, hidden.dtype)
         handoff.send(layer, hidden, cpu_ids, weights)

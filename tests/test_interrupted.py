@@ -128,9 +128,9 @@ def test_copies_while_a_draft_runs(tiny_moe, monkeypatch, static):
             found.append(stack.enter_context(interrupted(after=place)))
         begin(tokens)
 
-    def layer(*args):
+    def layer(*args, **named):
         stack.close()
-        return split(*args)
+        return split(*args, **named)
 
     for place in range(0, NEVER, 3):
         drafts.clear()

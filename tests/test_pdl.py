@@ -34,9 +34,10 @@ def compile_only(kernel, *args, grid, warmup, **options):
 
 driver.set_active(Driver())
 run, jit.JITFunction.run = jit.JITFunction.run, compile_only
-from spac.kernels import fused_linear, route, window_attention
+from spac.kernels import fused_linear, route, split_window, window_attention
+from spac.layout import Places
 early = lambda device, chained=True, read_early=(): {"EARLY": MODE, "launch_pdl": chained}
-for module in (fused_linear, route, window_attention):
+for module in (fused_linear, route, split_window, window_attention):
     module.pdl_args = early
 x, w, norm = (torch.zeros(s, dtype=torch.float16) for s in ((9, 512), (512, 512), (512,)))
 parts, turn = torch.zeros(2, 9, 512), torch.zeros(9, 128, dtype=torch.float16)
@@ -48,6 +49,13 @@ route.route(parts, 8, True, x.dtype, True)
 window_attention.window_attention(
     parts, turn, turn, norm[:128], norm[:128], 1e-6, cache, cache, torch.tensor(7), 1.0
 )
+addresses, small = torch.zeros(60, dtype=torch.int64), torch.zeros(60, dtype=torch.int32)
+state = addresses, addresses, small, small[:2], addresses[:4], addresses
+state = *state, torch.zeros(61, dtype=torch.int32), addresses[:1], 5
+exchanged = torch.zeros(1, 8, 2, dtype=torch.int32)
+places = Places.over(torch.zeros(8, 256, dtype=torch.uint8), torch.zeros(1, 60), exchanged)[0]
+for room in (places, None):
+    split_window.split_window(torch.zeros(9, 8, dtype=torch.int32), *state, room, True)
 """
 # The norm's weight; the length of the cache, only to know what to prefetch.
 BEFORE = {
@@ -56,37 +64,62 @@ BEFORE = {
     (pdl.WEIGHTS, "_window_attention_kernel"): {"ld.global": 1},
 }
 PREFETCHES = {"_linear_kernel": 1, "_gated_kernel": 2, "_window_attention_kernel": 2}
+# Memory accesses of a kernel.
+TOUCHED = r"\b(?:ld\.global|st\.global|cp\.async\.c[ag]|atom|red\.)"
 
 
-@pytest.mark.parametrize("mode", [pdl.WAIT, pdl.WEIGHTS])
-def test_nothing_that_others_write_is_touched_before_the_wait(mode, monkeypatch):
+def kernels_of(mode, monkeypatch):
+    """Name, whether it may be launched early, and PTX of each kernel of COMPILE."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code = COMPILE.replace("MODE", str(mode))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = done.stdout.split("KERNEL ")[1:]
-    names = [kernel.split()[0] for kernel in kernels]
-    assert sorted(names) == sorted([
+    return [(*kernel.split(maxsplit=2)[:2], kernel) for kernel in kernels]
+
+
+@pytest.mark.parametrize("mode", [pdl.WAIT, pdl.WEIGHTS])
+def test_nothing_that_others_write_is_touched_before_the_wait(mode, monkeypatch):
+    kernels = kernels_of(mode, monkeypatch)
+    assert sorted(name for name, _, _ in kernels) == sorted([
         "_add_norm_kernel", "_linear_kernel", "_gated_kernel", "_route_kernel",
-        "_window_attention_kernel", "_sum_parts_kernel",
+        "_window_attention_kernel", "_sum_parts_kernel", *["_split_window_kernel"] * 2,
     ])  # fmt: skip
-    for name, kernel in zip(names, kernels, strict=True):
-        assert kernel.split()[1] == str(name != "_add_norm_kernel")
-        assert kernel.index("griddepcontrol.launch_dependents") < kernel.index(
-            "griddepcontrol.wait"
-        )
+    for name, early, kernel in kernels:
+        assert early == str(name != "_add_norm_kernel")
         before, after = kernel.split("griddepcontrol.wait")
-        touched = r"\b(?:ld\.global|st\.global|cp\.async\.c[ag]|atom|red\.)"
-        assert Counter(re.findall(touched, before)) == BEFORE.get((mode, name), {}), name
+        assert "st.global" in after and re.search(TOUCHED, after)
+        assert "launch_dependents" not in after
+        if name == "_split_window_kernel":
+            reads_state_only(before, after)
+            continue
+        assert "griddepcontrol.launch_dependents" in before
+        assert Counter(re.findall(TOUCHED, before)) == BEFORE.get((mode, name), {}), name
         fetched = before.count("cp.async.bulk.prefetch.L2.global")
         assert fetched == (PREFETCHES.get(name, 0) if mode == pdl.WEIGHTS else 0)
-        assert "st.global" in after and re.search(touched, after)
-        assert "launch_dependents" not in after
+
+
+def reads_state_only(before, after):
+    """split_window loads before the wait, but not through its first argument, the ids; kernels that
+    wait for others stand behind it, so it lets nobody start."""
+    assert set(re.findall(TOUCHED, before)) == {"ld.global"}
+    assert "launch_dependents" not in before
+    from_ids = set()
+    for line in (before + after).splitlines():
+        found = re.findall(r"%\w+", line)
+        if "_split_window_kernel_param_0]" in line or from_ids.intersection(found[1:]):
+            from_ids.update(found[:1])
+        if "ld.global" in line and line in before:
+            assert not from_ids.intersection(found), line
+    assert any(
+        "ld.global" in x and from_ids & set(re.findall(r"%\w+", x)) for x in after.split("\n")
+    )
 
 
 def test_kernels_that_wait_for_others_neither_start_early_nor_let_anyone():
-    for name in ("tokens", "handoff", "pull", "split_window"):
+    for name in ("tokens", "handoff", "pull"):
         assert "pdl" not in (KERNELS / f"{name}.py").read_text()
+    assert "let_next_start" not in (KERNELS / "split_window.py").read_text()
 
 
 def test_only_hopper_starts_early(monkeypatch):
