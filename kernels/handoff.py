@@ -1,8 +1,8 @@
 """Hands a layer's window to the CPU and waits for the answer, by flags in pinned host memory.
 
 Nothing here synchronises with the host program, so that a CUDA graph can hold it. The host tensors
-are page-locked and reached over PCIe. Launches follow each other on one stream: what the first one
-wrote is visible to the CPU before the second one rings.
+are page-locked and reached over PCIe. Rows and bell are one launch: each program makes what it
+wrote visible to the CPU before it says that it has arrived, and the last one to arrive rings.
 """
 
 from __future__ import annotations
@@ -12,9 +12,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spac.kernels.dot import INTERPRET
 from spac.kernels.flag import LONGEST, wait_for
 
 _BLOCK = 1024
+_SEND_BLOCK = 4096  # numbers of hidden rows: one token is often one program's work
+_PAIRS = 256
+_ORDERED = tl.constexpr(not INTERPRET)  # the interpreter's programs follow each other
+
+
+@triton.jit
+def _fence():
+    """Thread 0: what the program stored before its last barrier comes before what follows, for the
+    CPU as well."""
+    if _ORDERED:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            mov.u32 $0, %tid.x;
+            setp.eq.u32 p, $0, 0;
+            @p fence.acq_rel.sys;
+            }""",
+            "=r", [], tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_behind(ptr, value):
+    """Thread 0: `_fence`, then ptr[0] = value."""
+    if _ORDERED:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            mov.u32 $0, %tid.x;
+            setp.eq.u32 p, $0, 0;
+            @p st.release.sys.global.u32 [$1], $2;
+            }""",
+            "=r,l,r", [ptr, value], tl.int32, False, 1,
+        )  # fmt: skip
+    else:
+        tl.store(ptr, value)
 
 
 @triton.jit
@@ -25,21 +62,35 @@ def _send_kernel(
     host_hidden_ptr,
     host_ids_ptr,
     host_weights_ptr,
+    bell_ptr,
+    window_ptr,
+    arrived_ptr,
     num_hidden,
     num_pairs,
     BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < num_hidden
-    tl.store(host_hidden_ptr + offs, tl.load(hidden_ptr + offs, mask=mask), mask=mask)
-    mask = offs < num_pairs
-    tl.store(host_ids_ptr + offs, tl.load(ids_ptr + offs, mask=mask), mask=mask)
-    tl.store(host_weights_ptr + offs, tl.load(weights_ptr + offs, mask=mask), mask=mask)
-
-
-@triton.jit
-def _ring_kernel(bell_ptr, window_ptr, layer):
-    tl.store(bell_ptr + layer, tl.load(window_ptr))
+    """Grid (blocks of hidden or of pairs,). All loads come first: behind a store, which might
+    concern them, each would be waited for by itself."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    offs, offs_p = tl.arange(0, BLOCK), tl.arange(0, BLOCK_P)
+    offs, offs_p = pid * BLOCK + offs, pid * BLOCK_P + offs_p
+    mask, mask_p = offs < num_hidden, offs_p < num_pairs
+    hidden = tl.load(hidden_ptr + offs, mask=mask)
+    ids = tl.load(ids_ptr + offs_p, mask=mask_p)
+    weights = tl.load(weights_ptr + offs_p, mask=mask_p)
+    window = tl.load(window_ptr)
+    tl.store(host_hidden_ptr + offs, hidden, mask=mask)
+    tl.store(host_ids_ptr + offs_p, ids, mask=mask_p)
+    tl.store(host_weights_ptr + offs_p, weights, mask=mask_p)
+    tl.debug_barrier()  # every thread has stored before one of them says so
+    before = 0
+    if programs > 1:
+        _fence()
+        before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+    if before == programs - 1:
+        _store_behind(bell_ptr, window)
+        tl.store(arrived_ptr, 0)
 
 
 @triton.jit
@@ -83,15 +134,18 @@ def send(
     host: tuple[Tensor, Tensor, Tensor],
     bell: Tensor,
     window: Tensor,
+    arrived: Tensor,
     layer: int,
 ) -> None:
-    """Write hidden [T, H], ids int32 and weights fp32 [T, k] to `host`; bell[layer] = window."""
+    """Write hidden [T, H], ids int32 and weights fp32 [T, k] to `host`, then bell[layer] = window.
+    arrived int32 [1], on the device, is 0 before and after.
+    """
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
-    grid = (triton.cdiv(max(hidden.numel(), ids.numel()), _BLOCK),)
-    _send_kernel[grid](
-        hidden, ids, weights, *host, hidden.numel(), ids.numel(), BLOCK=_BLOCK, num_warps=4
-    )
-    _ring_kernel[(1,)](bell, window, layer, num_warps=1)
+    blocks = triton.cdiv(hidden.numel(), _SEND_BLOCK), triton.cdiv(ids.numel(), _PAIRS)
+    _send_kernel[(max(blocks),)](
+        hidden, ids, weights, *host, bell[layer:], window, arrived, hidden.numel(),
+        ids.numel(), BLOCK=_SEND_BLOCK, BLOCK_P=_PAIRS, num_warps=8,
+    )  # fmt: skip
 
 
 def join(

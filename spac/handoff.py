@@ -65,6 +65,7 @@ class HandOff:
         # Of each layer in the last window: time.perf_counter_ns() when the worker began and ended.
         self.times = torch.zeros(len(tables), 2, dtype=torch.int64)
         self._window = torch.zeros(1, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)  # programs that have sent
         # The last window that the device has taken each layer's answer of.
         self._seen = torch.zeros(len(tables), dtype=torch.int32, device=device)
         self._waited = waited
@@ -95,7 +96,8 @@ class HandOff:
         if self.device.type == "cuda":
             from spac.kernels.handoff import send as launch
 
-            launch(hidden, ids, weights, host, self.bell, self._window, layer)
+            flags = self.bell, self._window, self._arrived
+            launch(hidden, ids, weights, host, *flags, layer)
             return
         for target, source in zip(host, (hidden, ids, weights), strict=True):
             target.copy_(source)

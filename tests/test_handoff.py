@@ -1,5 +1,7 @@
 """The device's part of the hand-over: rows and flags in host memory."""
 
+import re
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def sync():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens, hidden, top_k", [(1, 5, 2), (9, 300, 8), (3, 2, 4)])
+@pytest.mark.parametrize("tokens, hidden, top_k", [(1, 5, 2), (9, 1300, 8), (3, 2, 4)])
 def test_send(tokens, hidden, top_k, dtype, device):
     x = torch.randn(hidden, tokens, device=device).to(dtype).T  # strided
     ids = torch.randint(-1, 9, (tokens, top_k), dtype=torch.int32, device=device)
@@ -28,11 +30,33 @@ def test_send(tokens, hidden, top_k, dtype, device):
     )
     bell = host(4, dtype=torch.int32)
     window = torch.tensor([11], dtype=torch.int32, device=device)
-    send(x, ids, weights, tuple(r[:tokens] for r in rows), bell, window, 2)
-    sync()
+    arrived = torch.zeros(1, dtype=torch.int32, device=device)
+    to = tuple(r[:tokens] for r in rows)
+    for _ in range(2):
+        bell.fill_(-7)
+        send(x, ids, weights, to, bell, window, arrived, 2)
+        sync()
     for sent, row in zip((x, ids, weights), rows, strict=True):
         assert torch.equal(sent.cpu(), row[:tokens]) and (row[tokens:] == -7).all()
-    assert bell.tolist() == [-7, -7, 11, -7]
+    assert bell.tolist() == [-7, -7, 11, -7] and arrived.item() == 0
+
+
+def test_the_bell_rings_behind_all_that_was_sent(hopper_ptx):
+    """In the order of the machine code; the interpreter knows only one order."""
+    [(_, _, code)] = hopper_ptx("""
+from spac.kernels.handoff import send
+x, ids, weights = torch.zeros(9, 2048).half(), torch.zeros(9, 8).int(), torch.zeros(9, 8)
+bell, window, arrived = (torch.zeros(n, dtype=torch.int32) for n in (4, 1, 1))
+send(x, ids, weights, (x, ids, weights), bell, window, arrived, 2)
+""")
+    steps = r"st\.global|bar\.sync|fence\.acq_rel\.sys|atom\.global\.gpu\.acq_rel|st\.release\.sys"
+    found = [m.group() for m in re.finditer(steps, code)]
+    rows = [i for i, step in enumerate(found) if step == "st.global"][:-1]  # the last is `arrived`
+    fence, count, ring = (
+        found.index(s) for s in ("fence.acq_rel.sys", "atom.global.gpu.acq_rel", "st.release.sys")
+    )
+    assert len(rows) >= 4 and max(rows) < fence < count < ring
+    assert "bar.sync" in found[max(rows) : fence] and "bar.sync" in found[count:ring]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

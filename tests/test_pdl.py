@@ -1,8 +1,6 @@
 """Kernels that start early: what their machine code does before it waits, and who may be one."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,24 +14,8 @@ from spac.kernels import fused_linear, pdl
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-# Compiles what a decoder layer launches, for Hopper and without a GPU; prints each kernel's PTX.
-COMPILE = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
-
-class Driver:
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-
-def compile_only(kernel, *args, grid, warmup, **options):
-    compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-    print("KERNEL", kernel.__name__, compiled.metadata.launch_pdl)
-    print(compiled.asm["ptx"])
-
-driver.set_active(Driver())
-run, jit.JITFunction.run = jit.JITFunction.run, compile_only
+# What a decoder layer launches.
+LAYER = """
 from spac.kernels import fused_linear, route, split_window, window_attention
 from spac.layout import Places
 early = lambda device, chained=True, read_early=(): {"EARLY": MODE, "launch_pdl": chained}
@@ -68,25 +50,15 @@ PREFETCHES = {"_linear_kernel": 1, "_gated_kernel": 2, "_window_attention_kernel
 TOUCHED = r"\b(?:ld\.global|st\.global|cp\.async\.c[ag]|atom|red\.)"
 
 
-def kernels_of(mode, monkeypatch):
-    """Name, whether it may be launched early, and PTX of each kernel of COMPILE."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    code = COMPILE.replace("MODE", str(mode))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = done.stdout.split("KERNEL ")[1:]
-    return [(*kernel.split(maxsplit=2)[:2], kernel) for kernel in kernels]
-
-
 @pytest.mark.parametrize("mode", [pdl.WAIT, pdl.WEIGHTS])
-def test_nothing_that_others_write_is_touched_before_the_wait(mode, monkeypatch):
-    kernels = kernels_of(mode, monkeypatch)
+def test_nothing_that_others_write_is_touched_before_the_wait(mode, hopper_ptx):
+    kernels = hopper_ptx(LAYER.replace("MODE", str(mode)))
     assert sorted(name for name, _, _ in kernels) == sorted([
         "_add_norm_kernel", "_linear_kernel", "_gated_kernel", "_route_kernel",
         "_window_attention_kernel", "_sum_parts_kernel", *["_split_window_kernel"] * 2,
     ])  # fmt: skip
     for name, early, kernel in kernels:
-        assert early == str(name != "_add_norm_kernel")
+        assert early == (name != "_add_norm_kernel")
         before, after = kernel.split("griddepcontrol.wait")
         assert "st.global" in after and re.search(TOUCHED, after)
         assert "launch_dependents" not in after
