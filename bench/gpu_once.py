@@ -13,7 +13,7 @@ import torch
 from spac import ops
 from spac.kernels.expert_ffn import expert_ffn, expert_ffn_train
 from spac.kernels.expert_ffn_backward import expert_ffn_backward
-from spac.kernels.handoff import join
+from spac.kernels.handoff import join, send
 from spac.kernels.split_window import split_window
 from spac.layout import ExpertLayout, ExpertTable
 from spac.pull import Pull
@@ -44,7 +44,7 @@ def window(tokens: int = 5, top_k: int = 3) -> None:
     state = utility, bounds, counters, frequency, streams, streamed
     ids = torch.randint(0, E, (tokens, top_k), device=DEV, dtype=torch.int32)
     host = store.table(0).address.to(DEV)
-    where, _ = split_window(ids, address, host, *state, 5, link.places[0])
+    where, cpu_ids = split_window(ids, address, host, *state, 5, link.places[0])
     link.start(0)
     table = replace(ExpertTable.from_blobs(layout, where, owner=store), places=link.places[0])
     for n in (tokens, 20):  # both paths wait for what is on its way
@@ -55,8 +55,13 @@ def window(tokens: int = 5, top_k: int = 3) -> None:
     rest = torch.zeros(20, H, pin_memory=True)
     done = torch.ones(2, dtype=torch.int32, pin_memory=True)
     failed = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    flags = done, failed, torch.ones(1, dtype=torch.int32, device=DEV), seen, waited
-    join(partial, rest, torch.bfloat16, *flags, 0)
+    number, arrived = torch.ones(1, dtype=torch.int32, device=DEV), torch.zeros_like(seen[:1])
+    hidden, weights = torch.randn(64, H, device=DEV), torch.rand(tokens, top_k, device=DEV)
+    rows = hidden, cpu_ids, weights
+    x, i, w = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in rows)
+    for n in (len(hidden), tokens):  # by several programs, and by one
+        send(hidden[:n], cpu_ids, weights, (x, i, w), done, number, arrived, 0)
+    join(partial, rest, torch.bfloat16, done, failed, number, seen, waited, 0)
 
 
 def training(tokens: int = 300, top_k: int = 2) -> None:

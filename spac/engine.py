@@ -191,6 +191,7 @@ class Engine:
         the utility moves on. chained: as of `ops.split_window`."""
         if self.config.rejected_weight < 1:
             self._window_ids[layer, : ids.shape[0]] = ids
+            chained = False  # a copy may be no kernel, and only kernels are chained
         state = self.utility[layer], self.bounds[layer], self.counters[layer]
         address, most = self.pool.address[layer], self.config.max_utility
         table = self.slot_tables[layer]

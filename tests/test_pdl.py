@@ -10,6 +10,9 @@ from transformers import StaticCache
 
 from spac.decoder import few_launches
 from spac.kernels import fused_linear, pdl
+from spac.kernels.route import route
+from spac.kernels.split_window import split_window
+from spac.layout import Places
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
@@ -155,3 +158,45 @@ def test_every_mode_gives_the_same_bits(monkeypatch):
             graph.replay()
             assert torch.equal(results[mode], results[pdl.OFF])
     assert results[pdl.OFF].isfinite().all()
+
+
+@pytest.mark.skipif(not HOPPER, reason="no GPU that starts kernels early")
+def test_layers_are_decided_alike_beside_and_behind_the_router():
+    layers, W, k, E, room = 24, 9, 8, 128, 8
+    logits = torch.randn(layers, 1, W, E, device="cuda")
+    address, host = 256 * torch.randint(1, 2**50, (2, layers, E), device="cuda")
+    address[torch.rand(layers, E, device="cuda") < 0.7] = 0
+    counts = torch.randint(0, 2**40, (layers, 4 + E + 1), device="cuda")
+    small = torch.randint(0, 6, (layers, E + 2), dtype=torch.int32, device="cuda")
+    streams = torch.full((E + 1,), 3, dtype=torch.int32, device="cuda")
+    memory = torch.empty(room, 256, dtype=torch.uint8, device="cuda")
+    value = torch.rand(layers, E, device="cuda") * 4
+    found = []
+    for chained in (False, True):
+        exchanged = torch.zeros(layers, room, 2, dtype=torch.int32, device="cuda")
+        places = Places.over(memory, value, exchanged)
+        own = address.clone(), counts.clone(), small.clone()
+        first = [t.clone() for t in own]
+
+        def window(chained=chained, own=own, places=places):
+            results = []
+            for layer, (a, c, s) in enumerate(zip(*own, strict=True)):
+                _, ids = route(logits[layer], k, True, torch.bfloat16, True)
+                state = s[:E], s[E:], c[:4], c[4 : 4 + E], streams, c[4 + E :]
+                results += split_window(ids, a, host[layer], *state, 5, places[layer], chained)
+            return results
+
+        window()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = window()
+        for t, before in zip(own, first, strict=True):
+            t.copy_(before)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        found.append([*results, *own, exchanged])
+    assert not torch.equal(found[0][-2], small)
+    for behind, beside in zip(*found, strict=True):
+        assert torch.equal(behind, beside)
