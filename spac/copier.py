@@ -48,6 +48,7 @@ class CopyThread(threading.Thread):
         self._coming: list[tuple[int, int, int]] = []  # (layer, expert, slot) under way
         self._began = 0.0
         self._unlimited = 0  # rounds that may exchange every slot: after a prompt
+        self.begun = threading.Event()  # the copies of the last exchange have begun
         self._inbox: queue.SimpleQueue[Snapshot | Idle | None] = queue.SimpleQueue()
         self._stream = pool.stream
         if self._stream is not None:
@@ -155,6 +156,7 @@ class CopyThread(threading.Thread):
             self._forget(victim, idle.frequency)
             self._pairs[newcomer] = idle.frequency[newcomer]
             done += 1
+        self.begun.set()
         if done:
             self._wait()
             self._note("link", f"{done} experts", began)

@@ -43,6 +43,7 @@ class Drafts:
         self._pull = pull
         self._seconds: deque[float] = deque(maxlen=_DRAFTS)  # per token
         self._tokens = 0  # of the draft that is measured
+        self._until = 0.0  # time.perf_counter() when a draft with copies is expected to end
         self._start: _Moment | None = None
         self._end: _Moment | None = None
         # A copy of the state to the host that nobody has read yet, and when it is there.
@@ -71,14 +72,17 @@ class Drafts:
             return
         self._pool.quiet = True
         if self._frequency is not None and self._seconds:
-            until = self._start.host + self._tokens * statistics.median(self._seconds)
+            self._until = self._start.host + self._tokens * statistics.median(self._seconds)
             frequency = state.frequency.numpy()
-            self._copier.submit(Idle(frequency, frequency - self._frequency, until))
+            self._copier.begun.clear()
+            self._copier.submit(Idle(frequency, frequency - self._frequency, self._until))
 
     def end(self) -> None:
         """A window begins. RuntimeError if the link failed in the one before."""
         if not self._pool.quiet:  # something else than the draft has run
             self._start = None
+        else:  # the host is ahead of the draft: the copy thread may have Python for itself
+            self._copier.begun.wait(max(self._until - time.perf_counter(), 0.0))
         if self._start is not None and self._end is None:
             self._end = _Moment(self._pool.memory.is_cuda)
         if self._state is None:

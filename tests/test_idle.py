@@ -1,5 +1,6 @@
 """Copies while a draft runs: the text and every count stay right, and the replay chooses alike."""
 
+import threading
 import time
 
 import numpy as np
@@ -129,6 +130,8 @@ class Thread:
     def __init__(self):
         self.told = []
         self.submit = self.told.append
+        self.begun, self.waits = threading.Event(), []
+        self.begun.wait = self.waits.append
 
     def is_alive(self):
         return True
@@ -156,7 +159,9 @@ def test_how_long_a_draft_takes(monkeypatch):
     assert not thread.told
     step(3, 9.0)
     assert thread.told[-1].until == 108 + 3 * 4.0
+    assert thread.waits[-1] == 3 * 4.0 - 9.0  # for the copies to begin, while the draft may run
     step(3, 300.0)
+    assert thread.waits[-1] == 0
     step(5, 15.0)
     assert thread.told[-1].until == 417 + 5 * 4.0  # of 4, 3, 100
     assert (thread.told[-1].pairs == 3).all() and (thread.told[-1].frequency == 8).all()
