@@ -30,7 +30,7 @@ from spac.kernels.grouped import grouped_rows
 from spac.kernels.grouped_grad import grouped_bias_grad, grouped_outer
 from spac.kernels.grouped_grad_tma import hidden_grad_tma, outer_tma
 from spac.kernels.grouped_tma import rows_tma
-from spac.kernels.plan import Plan, plan_args, tile_rows
+from spac.kernels.plan import Plan, plan_args, this_tile, tile_rows
 from spac.kernels.sum_pairs import sum_pairs
 
 
@@ -69,10 +69,7 @@ def _hidden_grad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """d_pre, w * a by sorted row; dot[pair, block of inter] = this block's share of a . g."""
-    pid = tl.program_id(0)
-    tile = pid // blocks_n
-    block = pid - tile * blocks_n
-    used = tl.load(tile_rows_ptr + tile)
+    tile, block, used = this_tile(tile_rows_ptr, blocks_n)
     if used <= 0:
         return
     e = tl.load(tile_expert_ptr + tile)

@@ -19,7 +19,7 @@ from spac.kernels.common import (
 )
 from spac.kernels.config import Tile
 from spac.kernels.dequant import quantized_args
-from spac.kernels.plan import Plan, plan_args, tile_copies_to, tile_rows
+from spac.kernels.plan import Plan, plan_args, this_tile, tile_copies_to, tile_rows
 
 
 @triton.jit
@@ -145,10 +145,8 @@ def _gate_up_grouped_kernel(
 
     Grid (tiles * blocks of inter,), the blocks of one tile side by side: they share x in L2.
     """
-    pid = tl.program_id(0)
-    tile = pid // blocks_n
-    n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = tl.load(tile_rows_ptr + tile)
+    tile, block, used = this_tile(tile_rows_ptr, blocks_n)
+    n0 = block * BLOCK_N
     if used <= 0:
         return
     if used <= SMALL_M:
@@ -280,10 +278,8 @@ def _rows_kernel(
 
     Grid (tiles * blocks of N,).
     """
-    pid = tl.program_id(0)
-    tile = pid // blocks_n
-    n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = tl.load(tile_rows_ptr + tile)
+    tile, block, used = this_tile(tile_rows_ptr, blocks_n)
+    n0 = block * BLOCK_N
     if used <= 0:
         return
     if used <= SMALL_M:

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from spac.kernels.common import store_hidden_grad
 from spac.kernels.config import Tile
 from spac.kernels.dot import dot
-from spac.kernels.plan import Plan
+from spac.kernels.plan import Plan, this_tile
 
 
 @triton.jit
@@ -42,10 +42,7 @@ def _hidden_grad_tma_kernel(
 ):
     """As `_hidden_grad_kernel`; rows that nobody computes get zeros, since the weight gradients
     read them beside others'."""
-    pid = tl.program_id(0)
-    tile = pid // blocks_n
-    block = pid - tile * blocks_n
-    used = tl.load(tile_rows_ptr + tile)
+    tile, block, used = this_tile(tile_rows_ptr, blocks_n)
     row0 = tl.load(tile_row_ptr + tile)
     offs_m = tl.arange(0, BLOCK_M)
     rows = (row0 + offs_m).to(tl.int64)

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from spac.kernels.common import split_gate_up, store_hidden
 from spac.kernels.config import Tile
 from spac.kernels.dot import dot
-from spac.kernels.plan import Plan
+from spac.kernels.plan import Plan, this_tile
 
 
 @triton.jit
@@ -96,10 +96,8 @@ def _gate_up_tma_kernel(
     SMALL_M: tl.constexpr,
 ):
     """As `_gate_up_grouped_kernel`, on the same grid."""
-    pid = tl.program_id(0)
-    tile = pid // blocks_n
-    n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = tl.load(tile_rows_ptr + tile)
+    tile, block, used = this_tile(tile_rows_ptr, blocks_n)
+    n0 = block * BLOCK_N
     if used <= 0:
         return
     if used <= SMALL_M:
@@ -181,10 +179,8 @@ def _rows_tma_kernel(
     SMALL_M: tl.constexpr,
 ):
     """As `_rows_kernel`, on the same grid."""
-    pid = tl.program_id(0)
-    tile = pid // blocks_n
-    n0 = (pid - tile * blocks_n) * BLOCK_N
-    used = tl.load(tile_rows_ptr + tile)
+    tile, block, used = this_tile(tile_rows_ptr, blocks_n)
+    n0 = block * BLOCK_N
     if used <= 0:
         return
     if used <= SMALL_M:

@@ -212,6 +212,14 @@ def plan_args(plan: Plan) -> dict[str, Tensor]:
 
 
 @triton.jit
+def this_tile(tile_rows_ptr, blocks_n):
+    """Of a grid (tiles * blocks of columns,): the program's tile, its block, the rows in use."""
+    pid = tl.program_id(0)
+    tile = pid // blocks_n
+    return tile, pid - tile * blocks_n, tl.load(tile_rows_ptr + tile)
+
+
+@triton.jit
 def tile_rows(order_ptr, tile_row_ptr, tile, used, BLOCK_M: tl.constexpr):
     """Sorted rows, pairs and row mask of a tile of a Plan with `used` rows."""
     offs_m = tl.arange(0, BLOCK_M)
