@@ -79,8 +79,7 @@ class CopyThread(threading.Thread):
             assert slot is not None
             self._fetch(*self._place(index), slot)
         self._arrive()
-        for layer in range(num_layers):
-            self.pool.publish(layer)
+        self.pool.publish()
 
     def run(self) -> None:
         try:

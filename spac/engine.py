@@ -339,10 +339,7 @@ class Engine:
         """Let the pool follow what all windows so far did by themselves to the slots."""
         if self.pull is not None:
             self.pull.resume(self.pool)
-            self.drafts.take()
-            self.pull.check()
-            self.pull.learn(self._state.on_host().exchanged, self.pool)
-            self._state.exchanged.fill_(-1)
+            self.drafts.catch_up()
 
     def launched(self) -> None:
         """The window is launched: now the host learns what the one before did, and the copy thread

@@ -13,7 +13,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from typing import cast
 
 import numpy as np
 import torch
@@ -47,7 +46,8 @@ class Drafts:
         self._start: _Moment | None = None
         self._end: _Moment | None = None
         # A copy of the state to the host that nobody has read yet, and when it is there.
-        self._pending, self._sent = False, cast("torch.cuda.Event | None", None)
+        self._pending = False
+        self._sent: torch.cuda.Event | None = None
         self._frequency: np.ndarray | None = None  # when the last window began
         self._state: LayerState | None = None  # at its end, if it is known already
 
@@ -104,6 +104,11 @@ class Drafts:
         if state is not None:
             self._frequency = state.frequency.numpy()
         return state
+
+    def catch_up(self) -> None:
+        """Let the pool follow what all windows so far have changed; none is under way."""
+        self._send()
+        self.take()
 
     def _send(self) -> None:
         self.learn()  # what Ctrl-C has left

@@ -38,7 +38,6 @@ class Pull:
     def __init__(self, memory: Tensor, exchanged: Tensor, layouts: list[ExpertLayout]) -> None:
         """memory uint8 [A, bytes] of the places; exchanged int32 [L, A, 2], a part of the state."""
         self._bytes = [layout.blob_bytes for layout in layouts]
-        self._exchanged = exchanged
         shape = len(layouts), layouts[0].num_experts
         # What experts are worth, float32 [L, E]; nothing stays until that is known.
         self.value = Follower(np.full(shape, -np.inf, dtype=np.float32), memory.device)

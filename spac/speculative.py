@@ -134,10 +134,14 @@ def generate(
     while not done:
         began = time.perf_counter()
         gamma = min(chooser.choose(), max_new_tokens - result.new_tokens - 1)
-        if engine is not None and isinstance(drafter, ModelDraft) and result.target_forwards:
-            if drafter.model is not model:
-                engine.drafts.begin(gamma)
-                drafter.launched = engine.drafts.launched
+        if (
+            engine is not None
+            and isinstance(drafter, ModelDraft)
+            and drafter.model is not model
+            and result.target_forwards
+        ):
+            engine.drafts.begin(gamma)
+            drafter.launched = engine.drafts.launched
         drafted, probs = drafter.propose(tokens, gamma)
         drafted = drafted.to(device)
         if probs is not None:

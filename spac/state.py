@@ -50,10 +50,6 @@ class LayerState:
             exchanged.view(torch.int32).view(layers, len(exchanged) // (8 * layers), 2),
         )
 
-    def on_host(self) -> LayerState:
-        """A copy in host memory, once the device has come so far."""
-        return self.receive(self.send())
-
     def send(self) -> torch.cuda.Event | None:
         """Begin a copy to the host, for `receive`."""
         self.staging.copy_(self.memory, non_blocking=True)

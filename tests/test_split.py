@@ -80,7 +80,7 @@ def test_the_state_is_one_piece(device):
     state.exchanged.zero_()
     state.utility[1, 4], state.frequency[2, 0] = 7, 1 << 40
     state.counters[0, 3], state.streamed[2, 0] = 5, 9
-    host = state.on_host()
+    host = state.receive(state.send())
     state.memory.zero_()
     assert host.utility[1, 4] == 7 and host.frequency[2, 0] == 1 << 40
     assert host.counters[0, 3] == 5 and host.streamed[2, 0] == 9
