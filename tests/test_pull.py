@@ -87,7 +87,7 @@ def test_split_gives_them_places(wanted, room, device):
     slots, host = 256 * torch.randint(1, 2**50, (2, E), device=device)
     slots[torch.rand(E, device=device) < 0.7] = 0
     streams = torch.full((E + 1,), wanted, dtype=torch.int32, device=device)
-    value = (torch.rand(E, device=device) * 16).round() / 4  # with ties
+    value = (torch.rand(E, device=device) * 16 - 4).round() / 4  # ties, and zeros of both signs
     value[torch.rand(E, device=device) < 0.2] = -torch.inf
     value[(torch.rand(E, device=device) < 0.1) & (slots != 0)] = torch.inf
     found = []
@@ -95,7 +95,8 @@ def test_split_gives_them_places(wanted, room, device):
         memory = torch.empty(room, 64, dtype=torch.uint8, device=device)
         exchanged = torch.zeros(1, room, 2, dtype=torch.int32, device=device)
         places = Places.over(memory, value[None], exchanged)[0]
-        places.flags.fill_(1)
+        for t in (places.source, places.target, places.of, places.flags, exchanged):
+            t.fill_(-7)
         utility = torch.zeros(E, dtype=torch.int32, device=device)
         bounds = torch.tensor([2, 1], dtype=torch.int32, device=device)
         pairs, frequency, streamed = (

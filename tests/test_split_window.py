@@ -20,7 +20,8 @@ def make(W, k, E, absent, device):
 
 
 @pytest.mark.parametrize(
-    "W, k, E", [(1, 8, 128), (9, 8, 128), (70, 8, 60), (5, 2, 33), (2, 3, 1), (40, 4, 300)]
+    "W, k, E",
+    [(1, 8, 128), (9, 8, 128), (70, 8, 60), (5, 2, 33), (2, 3, 1), (40, 4, 300), (3, 9, 600)],
 )
 @pytest.mark.parametrize("absent", [0.0, 0.6, 1.0])
 def test_is_the_reference(W, k, E, absent, device):
