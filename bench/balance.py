@@ -101,6 +101,21 @@ class EqualBalancer(Balancer):
         return make_plan(problem, fits.argmax(axis=1), 0.0, "optimal")
 
 
+class NoBalancer(Balancer):
+    """Never a plan: thresholds and quotas stay as they began."""
+
+    def solve(self, problem: BalanceProblem) -> Plan | None:
+        return None
+
+
+THRESHOLDS = {
+    "programme": Balancer,
+    "one": ConstantBalancer,
+    "equal": EqualBalancer,
+    "none": NoBalancer,
+}
+
+
 class GatedSpac(Spac):
     """Spac that copies only hot experts: u >= tau."""
 

@@ -20,10 +20,11 @@ from torch import Tensor
 import spac._C  # noqa: F401  (loads the operators)
 from spac import ops
 from spac.attachment import Binding
+from spac.bench.balance import THRESHOLDS
+from spac.bench.full_size_table import COLUMNS, Figures, cells, margins
 from spac.bench.providers import (
     AllOnCpu,
     AllResident,
-    Counts,
     EngineProvider,
     GroupedMm,
     OnDemand,
@@ -53,11 +54,8 @@ from spac.replay import Window, window_counts
 from spac.target import EagerTarget, StaticTarget, Target
 from spac.trace import load_trace
 
-COLUMNS = ["provider", "slots", "gamma", "tokens/s", "ms/step", "draft ms", "TTFT ms", "coverage"]
-COLUMNS += ["GB/token", "copies/step", "GPU busy", "CPU busy", "PCIe busy", "of roofline"]
 PROVIDERS = ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident", "grouped-mm")
 WITHOUT_SLOTS = ("cpu", "stream", "resident", "grouped-mm")
-BASELINES = ("lru", "static", "cpu", "stream")
 RUN = "run: "  # begins the note that `bench predict` reads
 _PROFILED = Text.PROFILED  # windows after the timed ones, for the GPU's busy time
 
@@ -81,26 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-tokens", type=int, default=512)
     group.add_argument("--shift", type=int, default=1, help="of expert ids when the trace repeats")
     group.add_argument("--link", type=float, metavar="GB/S", help="slow copies down to this")
+    group.add_argument(
+        "--thresholds", choices=THRESHOLDS, default="programme",
+        help="who chooses what --policy spac-reference may copy: an ablation",
+    )  # fmt: skip
     group.add_argument("--no-draft-copies", action="store_true", help="draft_copies=False for spac")
     group.add_argument("--cpu-threads", type=int, help="default: as spac.config has it")
     group.add_argument(
         "--limit", type=float, default=math.inf, metavar="S", help="begin no row later"
     )
     group.add_argument("--seed", type=int, default=0)
-
-
-@dataclass
-class Figures:
-    steps: int
-    tokens: int
-    seconds: float
-    step: float  # median seconds, draft included
-    draft: float  # seconds per window
-    ttft: float
-    counts: Counts
-    gpu_busy: float | None
-    eager: list[str]  # why a window that could be a CUDA graph was none
-    learnt: CostModel | None
 
 
 @dataclass
@@ -191,8 +179,8 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         if result.learnt is not None:
             said[f"{name} {slots} {gamma}"] = asdict(result.learnt)
         share = None if name in WITHOUT_SLOTS else f"{slots / everything:.0%}"
-        rows.append([name, share, gamma, *_cells(result, machine, layout.blob_bytes, dense)])
-    notes += [*_ratios(figures), RUN + json.dumps(said)]
+        rows.append([name, share, gamma, *cells(result, machine, layout.blob_bytes, dense)])
+    notes += [*margins(figures), RUN + json.dumps(said)]
     return Table(list(COLUMNS), rows, f"decode at full size: {args.shape}", notes)
 
 
@@ -213,6 +201,7 @@ def _provider(
         top_k = job.prompt.shape[2]
         provider = EngineProvider(store, slots, top_k, device, config, costs, hot, link)
         provider.static = name == "spac"
+        provider.engine.control.balancer.balancer = THRESHOLDS[args.thresholds]()
         return provider
     if name in ("lru", "stream"):
         return OnDemand(store, slots if name == "lru" else 0, device, link)
@@ -289,49 +278,6 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
 def _each(step: Callable[[int], None], indices: range) -> None:
     for i in indices:
         step(i)
-
-
-def _cells(f: Figures, machine: Machine, blob: int, dense: int) -> list[Any]:
-    c, verify = f.counts, f.step - f.draft
-    sides = {
-        "CPU": c.cpu_experts * blob / machine.read,
-        "link": c.moved / machine.link,
-        "GPU": (c.gpu_experts * blob + dense * f.steps) / machine.memory,
-    }
-    return [
-        f.tokens / f.seconds,
-        f.step * 1e3,
-        f.draft * 1e3,
-        f.ttft * 1e3,
-        c.resident_pairs / max(c.pairs, 1),
-        c.moved / f.tokens / 1e9,
-        c.copied / blob / f.steps,
-        f.gpu_busy,
-        c.cpu_seconds / f.seconds,
-        sides["link"] / f.seconds,
-        max(sides.values()) / f.steps / verify,
-    ]
-
-
-def _ratios(figures: dict[tuple[str, int, int], Figures]) -> list[str]:
-    """The paper's two margins, per cache ratio."""
-    notes = []
-    speed = {key: f.tokens / f.seconds for key, f in figures.items()}
-    for slots in dict.fromkeys(s for _, s, _ in speed):
-        mine = {g: v for (name, s, g), v in speed.items() if name == "spac" and s == slots}
-        if not mine:
-            continue
-        gamma = max(mine, key=lambda g: mine[g])
-        text = f"{slots} slots: spac is fastest at gamma {gamma}"
-        others = [(n, g, v) for (n, s, g), v in speed.items() if s == slots and n in BASELINES]
-        drafted = [(v, n) for n, g, v in others if g]
-        plain = [v for _, g, v in others if not g]
-        if drafted:
-            text += f", x {mine[gamma] / max(drafted)[0]:.2f} the best with SD ({max(drafted)[1]})"
-        if plain:
-            text += f", x {mine[gamma] / statistics.mean(plain):.2f} the mean without SD"
-        notes.append(text)
-    return notes
 
 
 def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> list[str]:
