@@ -81,10 +81,10 @@ class Drafts:
         """A window begins. RuntimeError if the link failed in the one before."""
         if not self._pool.quiet:  # something else than the draft has run
             self._start = None
-        else:  # the host is ahead of the draft: the copy thread may have Python for itself
-            self._copier.begun.wait(max(self._until - time.perf_counter(), 0.0))
         if self._start is not None and self._end is None:
             self._end = _Moment(self._pool.memory.is_cuda)
+        if self._pool.quiet:  # the host is ahead of the draft: the copy thread may have Python
+            self._copier.begun.wait(max(self._until - time.perf_counter(), 0.0))
         if self._state is None:
             self._send()
 

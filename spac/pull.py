@@ -46,7 +46,7 @@ class Pull:
         self._stream: torch.cuda.Stream | None = None
         if memory.is_cuda:
             # First in the queue, since those that wait for it must not keep it out.
-            self._stream = torch.cuda.Stream(memory.device, priority=-1)
+            self._stream = torch.cuda.Stream(memory.device, priority=-2)
 
     def choose(self, layer: int) -> Places:
         """For `ops.split_window`; what it chooses is shown already, so `start` must follow."""

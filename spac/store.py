@@ -148,16 +148,17 @@ class HostStore:
         return sum(b.nbytes for b in self.blobs)
 
     def _register(self, blobs: Tensor) -> None:
+        self._pinned.append(blobs)  # first: Ctrl-C behind the call may not forget the lock
         status = torch.cuda.cudart().cudaHostRegister(
             blobs.data_ptr(), blobs.nbytes, _PORTABLE_MAPPED
         )
         if int(status) != 0:
+            self._pinned.pop()
             _clear_cuda_error()
             raise MemoryError(
                 f"host store: cannot page-lock {blobs.nbytes} bytes of host memory "
                 f"(CUDA error {int(status)}); free memory or raise the locked-memory limit"
             )
-        self._pinned.append(blobs)
 
     def close(self) -> None:
         """Release the page locks; nothing may be copying from the store any more."""
@@ -166,9 +167,9 @@ class HostStore:
 
 def _unlock(pinned: list[Tensor]) -> None:
     while pinned:
-        blobs = pinned.pop()
-        if int(torch.cuda.cudart().cudaHostUnregister(blobs.data_ptr())) != 0:
+        if int(torch.cuda.cudart().cudaHostUnregister(pinned[-1].data_ptr())) != 0:
             _clear_cuda_error()
+        pinned.pop()
 
 
 def _clear_cuda_error() -> None:

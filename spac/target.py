@@ -130,6 +130,9 @@ class StaticTarget:
         self._pool = None
         if device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
+            # torch hands out the same 32 streams of a priority again and again: at this one no copy
+            # thread is given the stream of a capture.
+            self._stream = torch.cuda.Stream(device, priority=-1)
             self._ended = torch.cuda.Event(blocking=True)
         self.reasons: list[str] = []  # of windows that could not be captured
 
@@ -229,7 +232,7 @@ class StaticTarget:
             torch.cuda.synchronize()
             if self.engine is not None:
                 self.engine.check()
-            with _Recorder(self._pool) as recorder:
+            with _Recorder(self._pool, self._stream) as recorder:
                 if self.engine is not None:
                     self.engine.cut = recorder.cut
                 window.logits = self._run(window.tokens, True)
@@ -275,15 +278,15 @@ class _Recorder:
     """Captures in one CUDA graph, or in several that `cut` separates: the first, a short one, runs
     while the next is launched."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        self._pool = pool
+        self._pool, self._stream = pool, stream
 
     def __enter__(self) -> _Recorder:
         self.graphs.append(torch.cuda.CUDAGraph())
         # The copy thread and the worker go on calling CUDA meanwhile.
         mode = "thread_local"
-        self._capture = torch.cuda.graph(self.graphs[-1], self._pool, capture_error_mode=mode)
+        self._capture = torch.cuda.graph(self.graphs[-1], self._pool, self._stream, mode)
         self._capture.__enter__()
         return self
 

@@ -131,7 +131,10 @@ class Thread:
         self.told = []
         self.submit = self.told.append
         self.begun, self.waits = threading.Event(), []
-        self.begun.wait = self.waits.append
+        self.begun.wait = self.wait
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
 
     def is_alive(self):
         return True
@@ -141,7 +144,13 @@ def test_how_long_a_draft_takes(monkeypatch):
     """The median of the drafts between two windows, by token."""
     now = [100.0]
     monkeypatch.setattr("spac.idle.time.perf_counter", lambda: now[0])
-    pool, thread = SlotPool([LAYOUT], 2, torch.device("cpu")), Thread()
+
+    class Sleeper(Thread):
+        def wait(self, seconds):  # which is none of the draft's time
+            super().wait(seconds)
+            now[0] += seconds
+
+    pool, thread = SlotPool([LAYOUT], 2, torch.device("cpu")), Sleeper()
     state = LayerState.new(1, EXPERTS, 1, torch.device("cpu"))
     drafts = Drafts(pool, thread, state, None)
     drafts.wanted = True
@@ -163,7 +172,7 @@ def test_how_long_a_draft_takes(monkeypatch):
     step(3, 300.0)
     assert thread.waits[-1] == 0
     step(5, 15.0)
-    assert thread.told[-1].until == 417 + 5 * 4.0  # of 4, 3, 100
+    assert thread.told[-1].until == 420 + 5 * 4.0  # of 4, 3, 100
     assert (thread.told[-1].pairs == 3).all() and (thread.told[-1].frequency == 8).all()
     drafts.begin(1)
     drafts.launched()
@@ -172,8 +181,9 @@ def test_how_long_a_draft_takes(monkeypatch):
     drafts.end()
     pool.publish()
     drafts.take()
+    start = now[0]
     step(1, 1.0)
-    assert thread.told[-1].until == now[0] - 1 + 3.5  # of 4, 3, 100, 3
+    assert thread.told[-1].until == start + 3.5  # of 4, 3, 100, 3
     drafts.begin(0)
     drafts.launched()
     assert not pool.quiet

