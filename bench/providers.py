@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from spac.layout import ExpertTable
 from spac.pool import SlotPool
 from spac.store import HostStore, blob_views
 
-Copy = Callable[[int, int, int], None]  # (layer, expert, slot)
+Copy = Callable[[Any, Any, Any], None]  # layer, expert and slot, of one or of several
 
 
 @dataclass
@@ -269,12 +270,12 @@ class GroupedMm(AllResident):
 
 
 def throttled(copy: Copy, seconds: float) -> Copy:
-    """`copy`, made to last at least `seconds`: a slower link."""
+    """`copy`, made to last at least `seconds` an expert: a slower link."""
 
-    def slow(layer: int, expert: int, slot: int) -> None:
+    def slow(layer: Any, expert: Any, slot: Any) -> None:
         start = time.perf_counter()
         copy(layer, expert, slot)
-        while time.perf_counter() - start < seconds:
+        while time.perf_counter() - start < seconds * np.size(slot):
             time.sleep(0)
 
     return slow

@@ -142,14 +142,15 @@ class Control:
 
     def exchange(
         self, pairs: np.ndarray, held: np.ndarray, resident: np.ndarray, most: int
-    ) -> list[tuple[int, int]]:
-        """At most so many (newcomer, victim), flat indices: what is worth a copy over an idle link,
-        after a window with `pairs` [L, E], by the scores of the last round."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """At most so many newcomers and their victims, flat indices: what is worth a copy over an
+        idle link, after a window with `pairs` [L, E], by the scores of the last round."""
         if self._scores is None:
-            return []
+            nothing = np.empty(0, dtype=np.intp)
+            return nothing, nothing
         key = self._scores + self.policy.pair * pairs
         new = keep.ranked(key, ~held & ~resident & self.wanted())[:most]
-        return list(zip(*keep.exchange(key, new, held & resident), strict=True))
+        return keep.exchange(key, new, held & resident)
 
     def wanted(self) -> np.ndarray:
         """Experts worth a copy, bool [L, E]; with the paper's policy those with u >= tau."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,51 +146,46 @@ class CopyThread(threading.Thread):
         slots at once. The next window's kernels wait for them, the next round need not."""
         pool, began = self.pool, time.perf_counter()
         most = int((idle.until - began) / float(self.control.costs.h2d(1)))
-        resident = pool.slot_of >= 0
-        pairs = self.control.exchange(idle.pairs, pool.held, resident, most) if most > 0 else ()
-        done = 0
-        for new, old in pairs:
-            newcomer, victim = self._place(new), self._place(old)
-            if not pool.replace(newcomer, victim, self._copy):
-                break
-            self._forget(victim, idle.frequency)
-            self._pairs[newcomer] = idle.frequency[newcomer]
-            done += 1
+        if most > 0:
+            flat = self.control.exchange(idle.pairs, pool.held, pool.slot_of >= 0, most)
+            new, old = (np.divmod(indices, pool.held.shape[1]) for indices in flat)
+            done = pool.replace(new, old, self._copy)
+            new, old = ((layers[done], experts[done]) for layers, experts in (new, old))
+            self._forget(old, idle.frequency)
+            self._pairs[new] = idle.frequency[new]
         self.begun.set()
-        if done:
+        if most > 0 and done.any():
             self._wait()
-            self._note("link", f"{done} experts", began)
+            self._note("link", f"{done.sum()} experts", began)
 
     def _place(self, index: int) -> tuple[int, int]:
         """(layer, expert) of a flat index."""
         layer, expert = divmod(int(index), self.pool.held.shape[1])
         return layer, expert
 
-    def _forget(self, place: tuple[int, int], frequency: np.ndarray) -> None:
-        """Its expert is evicted, when every expert had `frequency` pairs."""
-        self.wasted += int(self._pairs[place] == frequency[place])
-        self._pairs[place] = -1
+    def _forget(self, places: Any, frequency: np.ndarray) -> None:
+        """The experts at these indices are evicted, when every expert had `frequency` pairs."""
+        self.wasted += int(np.sum(self._pairs[places] == frequency[places]))
+        self._pairs[places] = -1
 
     def _fetch(self, layer: int, expert: int, slot: int) -> None:
         """Begin a copy into a free slot; `_arrive` shows it."""
         if not self._coming:
             self._began = time.perf_counter()
         self.pool.held[layer, expert] = True
-        self._copy(layer, expert, slot)
+        self._copy([layer], [expert], [slot])
         self._coming.append((layer, expert, slot))
         if len(self._coming) == AHEAD:
             self._arrive()
 
-    def _copy(self, layer: int, expert: int, slot: int) -> None:
-        """Begin a copy."""
-        blob = self.store.blobs[layer][expert]
-        target = self.pool.memory[slot, : blob.numel()]
-        if self._stream is None:
-            target.copy_(blob)
-        else:
-            with torch.cuda.stream(self._stream):
-                target.copy_(blob, non_blocking=True)
-        self.bytes_copied += blob.numel()
+    def _copy(self, layers: Sequence[int], experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Begin to copy experts into slots, in one call that leaves Python to the forward."""
+        blobs = [self.store.blobs[i][e] for i, e in zip(layers, experts, strict=True)]
+        rows = zip(slots, blobs, strict=True)
+        targets = [self.pool.memory[slot, : blob.numel()] for slot, blob in rows]
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(targets, blobs, non_blocking=True)
+        self.bytes_copied += sum(blob.numel() for blob in blobs)
 
     def _arrive(self) -> None:
         """Wait for the copies under way, then show them to the forward thread."""

@@ -17,6 +17,7 @@ from collections import deque
 import numpy as np
 import torch
 
+from spac import keep
 from spac.control import Idle
 from spac.copier import CopyThread
 from spac.pool import SlotPool
@@ -42,6 +43,8 @@ class Drafts:
         self._pull = pull
         self._seconds: deque[float] = deque(maxlen=_DRAFTS)  # per token
         self._tokens = 0  # of the draft that is measured
+        self._expected: float | None = None  # seconds that it will take, if that is known
+        self._copies = False  # experts may be copied meanwhile
         self._until = 0.0  # time.perf_counter() when a draft with copies is expected to end
         self._start: _Moment | None = None
         self._end: _Moment | None = None
@@ -57,29 +60,33 @@ class Drafts:
         if self._start is not None and self._end is not None:
             self._seconds.append(self._start.until(self._end) / self._tokens)
         self._start = self._end = None
+        self._copies = False
         if not (self.wanted and tokens and self._copier.is_alive()):
             return
-        self._send()
         self._tokens = tokens
+        self._expected = tokens * statistics.median(self._seconds) if self._seconds else None
+        self._copies = self._expected is None or self._expected >= keep.SHORTEST_DRAFT
+        if self._copies:
+            self._send()
         self._start = _Moment(self._pool.memory.is_cuda)
 
     def launched(self) -> None:
         """The first step of the draft that `begin` announced is on its way."""
-        if self._start is None:
+        if self._start is None or not self._copies:
             return
         state = self.learn()
         if state is None:
             return
         self._pool.quiet = True
-        if self._frequency is not None and self._seconds:
-            self._until = self._start.host + self._tokens * statistics.median(self._seconds)
+        if self._frequency is not None and self._expected is not None:
+            self._until = self._start.host + self._expected
             frequency = state.frequency.numpy()
             self._copier.begun.clear()
             self._copier.submit(Idle(frequency, frequency - self._frequency, self._until))
 
     def end(self) -> None:
         """A window begins. RuntimeError if the link failed in the one before."""
-        if not self._pool.quiet:  # something else than the draft has run
+        if self._copies and not self._pool.quiet:  # something else than the draft has run
             self._start = None
         if self._start is not None and self._end is None:
             self._end = _Moment(self._pool.memory.is_cuda)

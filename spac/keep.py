@@ -13,6 +13,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+# Seconds of a draft model that are worth copies: in less, they bring less than the host takes to
+# learn what the last window did, and to choose.
+SHORTEST_DRAFT = 3e-3
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 

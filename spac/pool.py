@@ -26,12 +26,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spac.layout import ExpertLayout
+
+Places = tuple[NDArray[np.integer], NDArray[np.integer]]  # (layers, experts)
 
 
 @dataclass
@@ -188,28 +192,28 @@ class SlotPool:
             leaving.append(expert)
 
     def replace(
-        self,
-        newcomer: tuple[int, int],
-        victim: tuple[int, int],
-        copy: Callable[[int, int, int], None],
-    ) -> bool:
-        """While the pool is quiet: a missing expert takes a resident's slot, (layer, expert) each,
-        into which copy(layer, expert, slot) begins to copy it. False: it is not quiet any more, or
-        one of them has come or gone."""
+        self, newcomers: Places, victims: Places, copy: Callable[[Any, Any, Any], None]
+    ) -> NDArray[np.bool_]:
+        """While the pool is quiet: missing experts take residents' slots, (layers, experts) each,
+        int [n], into which copy(layers, experts, slots) begins to copy them. Which of them: none if
+        the pool is not quiet any more, nor any pair of which one has come or gone."""
         with self._lock:
             # Before `quiet` is read: a `publish` that ends it meanwhile then waits for the lock.
-            self._mail[victim[0]].unseen = self._mail[newcomer[0]].unseen = True
-            slot = int(self.slot_of[victim])
-            missing = self.slot_of[newcomer] < 0 and not self.held[newcomer]
-            if not self.quiet or not missing or slot < 0 or not self.held[victim]:
-                return False
-            self.slot_of[victim], self.held[victim] = -1, False
-            self.evictions += 1
-            self._replaced = True
-            copy(*newcomer, slot)
-            self.slot_of[newcomer], self.held[newcomer] = slot, True
-            self.loads += 1
-            return True
+            for layer in {*newcomers[0].tolist(), *victims[0].tolist()}:
+                self._mail[layer].unseen = True
+            slots = self.slot_of[victims]
+            right = (self.slot_of[newcomers] < 0) & ~self.held[newcomers]
+            right &= (slots >= 0) & self.held[victims] & self.quiet
+            new, old = ((layers[right], experts[right]) for layers, experts in (newcomers, victims))
+            slots = slots[right]
+            self.slot_of[old], self.held[old] = -1, False
+            self.evictions += len(slots)
+            self._replaced |= len(slots) > 0
+            if len(slots):
+                copy(*new, slots)
+            self.slot_of[new], self.held[new] = slots, True
+            self.loads += len(slots)
+            return right
 
     def take(self) -> int | None:
         """A slot that no kernel reads, or None if none has been reclaimed yet."""

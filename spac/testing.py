@@ -32,7 +32,7 @@ SEAMS = {
     "experts": "spac.ops:expert_ffn_table",  # one side of it: from slots, or from host memory
     "cpu side": "spac.handoff:before_answer",  # the worker's rows of one layer, by flags
     "handed": "spac.handoff:HandOff.join",  # the wait for those rows
-    "copy": "spac.copier:CopyThread._copy",  # one expert into its slot
+    "copy": "spac.copier:CopyThread._copy",  # experts into their slots
     "order": "spac.keep:ranked",  # experts, in the order in which copies and evictions go
     "solver": "spac.balance:Balancer._solve",  # (threshold index per layer, status) or None
 }

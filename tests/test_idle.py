@@ -28,6 +28,11 @@ LAYOUT = ExpertLayout(EXPERTS, 4, 3, torch.float32)
 COSTS = CostModel(LAYOUT.blob_bytes, *[1e-6] * 6, h2d_latency=1.0, h2d_byte=0.0)
 
 
+@pytest.fixture(autouse=True)
+def short_drafts_count(monkeypatch):
+    monkeypatch.setattr("spac.keep.SHORTEST_DRAFT", 0.0)
+
+
 def attach(model, draft, **settings):
     settings = {"max_length": 128, "stream_missing": True, "rebalance_every": 4} | settings
     budget = bytes_for_ratio(model, 0.3, SpacConfig(**settings), draft)
@@ -187,6 +192,14 @@ def test_how_long_a_draft_takes(monkeypatch):
     drafts.begin(0)
     drafts.launched()
     assert not pool.quiet
+    monkeypatch.setattr("spac.keep.SHORTEST_DRAFT", 50.0)
+    told, waits = len(thread.told), len(thread.waits)
+    for _ in range(5):  # too short to copy in, but measured
+        step(2, 20.0)
+    assert len(thread.told) == told and len(thread.waits) == waits and not pool.quiet
+    start = now[0]
+    step(6, 9.0)
+    assert thread.told[-1].until == start + 60.0
 
 
 class Learnt:

@@ -113,6 +113,7 @@ def test_the_next_text_is_right(tiny_moe, way):
 def test_copies_while_a_draft_runs(tiny_moe, monkeypatch, static):
     """Ctrl-C between the third draft's begin and the first layer of its window: what kernels are
     shown is whole, and the next text is right."""
+    monkeypatch.setattr("spac.keep.SHORTEST_DRAFT", 0.0)
     model, draft = tiny_moe(num_hidden_layers=2), tiny_moe(num_hidden_layers=1)
     expected = model.generate(PROMPT, max_new_tokens=24, do_sample=False)
     ways = {"stream_missing": True, "static_windows": static, "max_copies": 2}

@@ -16,6 +16,12 @@ from spac.testing import interrupted
 
 LAYERS, EXPERTS, SLOTS = 2, 6, 5
 LAYOUT = ExpertLayout(EXPERTS, 4, 3, torch.float32)
+PLACE = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
+
+
+def indices(places):
+    """(layers, experts) of a list of (layer, expert)."""
+    return tuple(np.array(places, dtype=np.intp).reshape(-1, 2).T)
 
 
 class SlotProtocol(RuleBasedStateMachine):
@@ -88,25 +94,32 @@ class SlotProtocol(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pool.quiet)
     @rule(
-        newcomer=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)),
-        victim=st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)),
+        newcomers=st.lists(PLACE, unique=True, max_size=3),
+        victims=st.lists(PLACE, unique=True, min_size=3, max_size=3),
     )
-    def draft_replaces(self, newcomer, victim):
+    def draft_replaces(self, newcomers, victims):
         pool, slots = self.pool, self.pool.slot_of
+        pairs = list(zip(newcomers, victims, strict=False))
         leaving = {(i, e) for i, mail in enumerate(pool._mail) for e in mail.leaving}
-        right = slots[victim] >= 0 and victim not in leaving
-        right = right and slots[newcomer] < 0 and not pool.held[newcomer]
-        before = int(slots[victim]), pool.loads, pool.evictions
+        right = [
+            slots[old] >= 0 and old not in leaving and slots[new] < 0 and not pool.held[new]
+            for new, old in pairs
+        ]
+        before = [int(slots[old]) for _, old in pairs], pool.loads, pool.evictions
 
-        def copy(layer, expert, slot):
-            assert (layer, expert) == newcomer and slot == before[0]
-            self.slot_tag(slot)[0] = layer * EXPERTS + expert
+        def copy(layers, experts, into):
+            assert into.tolist() == [s for s, ok in zip(before[0], right, strict=True) if ok]
+            for layer, expert, slot in zip(layers, experts, into, strict=True):
+                self.slot_tag(slot)[0] = layer * EXPERTS + expert
 
-        assert pool.replace(newcomer, victim, copy) == right
-        if right:
-            assert (int(slots[newcomer]), pool.loads - 1, pool.evictions - 1) == before
-            assert slots[victim] == -1 and not pool.held[victim] and pool.held[newcomer]
-            self.unpublished |= {newcomer[0], victim[0]}
+        places = (indices([p[i] for p in pairs]) for i in range(2))
+        assert pool.replace(*places, copy).tolist() == right
+        assert (pool.loads - sum(right), pool.evictions - sum(right)) == before[1:]
+        for (new, old), slot, ok in zip(pairs, before[0], right, strict=True):
+            if ok:
+                assert slots[new] == slot and slots[old] == -1
+                assert pool.held[new] and not pool.held[old]
+                self.unpublished |= {new[0], old[0]}
 
     @rule(layer=st.integers(0, LAYERS - 1), place=st.integers(0, 30), data=st.data())
     def prefill_exchanges(self, layer, place, data):
@@ -195,6 +208,9 @@ SlotProtocol.TestCase.settings = settings(max_examples=60, stateful_step_count=4
 TestSlotProtocol = SlotProtocol.TestCase
 
 
+NEW, OLD = indices([(0, 4)]), indices([(0, 2)])
+
+
 def resident(device):
     """A pool of one slot, with expert 2 in it, and no kernel that reads."""
     pool = SlotPool([LAYOUT], 1, torch.device(device))
@@ -208,7 +224,7 @@ def resident(device):
 def test_a_window_waits_for_a_copy_that_has_begun_and_lets_none_begin():
     pool, begun, go, shown = resident("cpu"), *(threading.Event() for _ in range(3))
 
-    def copy(layer, expert, slot):
+    def copy(layers, experts, slots):
         begun.set()
         assert go.wait(30)
 
@@ -216,7 +232,7 @@ def test_a_window_waits_for_a_copy_that_has_begun_and_lets_none_begin():
         pool.publish(0)
         shown.set()
 
-    copying = threading.Thread(target=pool.replace, args=((0, 4), (0, 2), copy))
+    copying = threading.Thread(target=pool.replace, args=(NEW, OLD, copy))
     copying.start()
     assert begun.wait(30)
     forward = threading.Thread(target=window)
@@ -226,16 +242,16 @@ def test_a_window_waits_for_a_copy_that_has_begun_and_lets_none_begin():
     forward.join(30)
     copying.join(30)
     assert pool.address[0].nonzero().tolist() == [[4]]
-    assert not pool.replace((0, 1), (0, 4), copy)
+    assert not pool.replace(indices([(0, 1)]), NEW, copy).any()
 
 
 def test_a_copy_that_fails_costs_the_slot_and_nothing_else():
-    def copy(layer, expert, slot):
+    def copy(layers, experts, slots):
         raise OSError("bus error")
 
     pool = resident("cpu")
     with pytest.raises(OSError, match="bus error"):
-        pool.replace((0, 4), (0, 2), copy)
+        pool.replace(NEW, OLD, copy)
     pool.publish()
     assert not pool.address.any() and not pool.held.any() and (pool.slot_of == -1).all()
 
@@ -245,12 +261,12 @@ def test_kernels_wait_for_what_was_replaced():
     pool = resident("cuda")
     blob = torch.full((pool.slot_bytes,), 7, dtype=torch.uint8).pin_memory()
 
-    def copy(layer, expert, slot):
+    def copy(layers, experts, slots):
         with torch.cuda.stream(pool.stream):
             torch.cuda._sleep(50_000_000)
-            pool.memory[slot].copy_(blob, non_blocking=True)
+            pool.memory[int(slots[0])].copy_(blob, non_blocking=True)
 
-    assert pool.replace((0, 4), (0, 2), copy)
+    assert pool.replace(NEW, OLD, copy).all()
     assert not pool.stream.query()
     pool.publish()
     assert (pool.memory[0].clone() == 7).all() and int(pool.address[0, 4])
