@@ -145,10 +145,10 @@ class CopyThread(threading.Thread):
         """While a draft runs: as many experts as the link carries until it ends take residents'
         slots at once. The next window's kernels wait for them, the next round need not."""
         pool, began = self.pool, time.perf_counter()
-        most = int((idle.until - began) / float(self.control.costs.h2d(1)))
-        if most > 0:
+        if (most := self._fit(idle)) > 0:
             flat = self.control.exchange(idle.pairs, pool.held, pool.slot_of >= 0, most)
-            new, old = (np.divmod(indices, pool.held.shape[1]) for indices in flat)
+            most = self._fit(idle)  # choosing has taken some time
+            new, old = (np.divmod(indices[:most], pool.held.shape[1]) for indices in flat)
             done = pool.replace(new, old, self._copy)
             new, old = ((layers[done], experts[done]) for layers, experts in (new, old))
             self._forget(old, idle.frequency)
@@ -157,6 +157,11 @@ class CopyThread(threading.Thread):
         if most > 0 and done.any():
             self._wait()
             self._note("link", f"{done.sum()} experts", began)
+
+    def _fit(self, idle: Idle) -> int:
+        """Experts that the link carries until the draft ends."""
+        seconds = max(idle.until - time.perf_counter(), 0.0)
+        return int(seconds / float(self.control.costs.h2d(1)))
 
     def _place(self, index: int) -> tuple[int, int]:
         """(layer, expert) of a flat index."""

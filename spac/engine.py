@@ -321,19 +321,19 @@ class Engine:
         self._last_width, self._width = self._width, width
         self.windows += 1
         self._began = time.perf_counter()
+        if self.pull is not None:
+            self.pull.resume(self.pool)
+        if self.copier.is_alive():
+            self.drafts.end()  # before anything else crosses the link, behind the draft's copies
+            prompt = self._prompt.take(width)
+            self._told = self._told if prompt is None else prompt
         if self.control.split is not None:
             self._streams.follow(self.control.split.streams)
         self._bounds.follow(self.control.bounds)
-        if self.pull is not None:
-            self.pull.resume(self.pool)
-            if self.control.value is not None:
-                self.pull.value.follow(self.control.value)
+        if self.pull is not None and self.control.value is not None:
+            self.pull.value.follow(self.control.value)
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
-        if self.copier.is_alive():
-            self.drafts.end()
-            prompt = self._prompt.take(width)
-            self._told = self._told if prompt is None else prompt
 
     def _learn(self) -> None:
         """Let the pool follow what all windows so far did by themselves to the slots."""

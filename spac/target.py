@@ -7,6 +7,7 @@ and reads the accepted tokens. Rejected tokens are forgotten by moving the cache
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -206,6 +207,7 @@ class StaticTarget:
                 return
             except (RuntimeError, TritonError) as error:
                 reason = _first_line(error)
+                self._forget_capture()
                 if way is not ways[-1]:
                     self._ways.remove(way)
                     log.warning("spac: windows without %s: %s", way.__name__, reason)
@@ -244,6 +246,14 @@ class StaticTarget:
             self._lengths.copy_(lengths)
             if self.engine is not None and before is not None:
                 self.engine.load(before)
+
+    def _forget_capture(self) -> None:
+        """torch ends no capture that has failed: another one that holds sets its generator right,
+        and memory and stream of the failed one are not used again."""
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self.model.device, priority=-1)
+        with contextlib.suppress(RuntimeError), _Recorder(self._pool, self._stream):
+            self._places.clone()
 
     def _run(self, tokens: Tensor, flags: bool) -> Tensor:
         if self.engine is None or not flags:

@@ -228,6 +228,27 @@ def test_no_copy_gets_into_a_capture(tiny_moe):
     assert len(copying) < 40 and target._stream.cuda_stream not in copying
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_capture_that_fails_leaves_torch_usable(tiny_moe, monkeypatch):
+    target = StaticTarget(tiny_moe().cuda(), None, 64)
+    forward = target._forward
+
+    def waits(tokens, keep=0):
+        logits = forward(tokens, keep)
+        logits.sum().item()  # not in a capture
+        return logits
+
+    monkeypatch.setattr(target, "_forward", waits)
+    target.prepare(2)
+    assert target.captured == [] and len(target.reasons) == 1
+    assert torch.rand(3, device="cuda").isfinite().all()
+    graph, drawn = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
+    with torch.cuda.graph(graph):
+        drawn.uniform_(1, 2)
+    graph.replay()
+    assert (drawn >= 1).all()
+
+
 def test_a_process_may_end_with_a_model_attached():
     """The worker waits inside C++, where Python must not end it."""
     program = """
