@@ -76,9 +76,10 @@ class CopyThread(threading.Thread):
             scores = np.broadcast_to(-np.arange(num_experts), (num_layers, num_experts))
         everything = np.ones_like(self.pool.held)
         for index in keep.ranked(scores, everything)[: self.pool.num_slots]:
-            slot = self.pool.take()
+            place = self._place(index)
+            slot = self.pool.take(*place)
             assert slot is not None
-            self._fetch(*self._place(index), slot)
+            self._fetch(*place, slot)
         self._arrive()
         self.pool.publish()
 
@@ -125,10 +126,10 @@ class CopyThread(threading.Thread):
         wanted = keep.ranked(scores, missing)[:most]
         copied = 0
         for index in wanted:
-            slot = pool.take()
+            place = self._place(index)
+            slot = pool.take(*place)
             if slot is None:
                 break
-            place = self._place(index)
             self._fetch(*place, slot)
             copied += 1
             self._pairs[place] = snapshot.frequency[place]
@@ -177,7 +178,6 @@ class CopyThread(threading.Thread):
         """Begin a copy into a free slot; `_arrive` shows it."""
         if not self._coming:
             self._began = time.perf_counter()
-        self.pool.held[layer, expert] = True
         self._copy([layer], [expert], [slot])
         self._coming.append((layer, expert, slot))
         if len(self._coming) == AHEAD:

@@ -63,6 +63,9 @@ class SlotPool:
         )
         self.slot_of = np.full((num_layers, num_experts), -1, dtype=np.int32)  # published
         self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
+        self._coming = (
+            self.held.copy()
+        )  # from `take` to `load`, whatever windows exchange meanwhile
         # Set by the forward thread when every kernel that read slots has ended, until `publish`.
         self.quiet = False
         self._replaced = False  # since then: copies may be under way
@@ -123,7 +126,7 @@ class SlotPool:
             if (slot_of[old] < 0).any() or not held[old].all() or held[new].any():
                 raise ValueError(f"layer {layer}: no exchange of {old} for {new}")
             slots, self._mail[layer].unseen = slot_of[old], True
-            slot_of[old], held[old] = -1, False
+            slot_of[old], held[old] = -1, self._coming[layer, old]
             self.evictions += len(old)
             self._show(here)  # first: no kernel may see a slot that is half written
             for expert, slot, blob in zip(new, slots, blobs, strict=True):
@@ -138,14 +141,12 @@ class SlotPool:
         """The device has put experts into residents' slots (`spac.pull`) and says so in the address
         table: the host follows, before the next `publish`. One window's, int [n] each."""
         with self._lock:
-            slots, before = self.slot_of[layers, victims], self.held[layers, victims]
-            self.slot_of[layers, newcomers] = slots
-            self.held[layers, victims] = False
+            self.slot_of[layers, newcomers] = self.slot_of[layers, victims]
+            self.held[layers, victims] = self._coming[layers, victims]
             self.held[layers, newcomers] = True
             for i in np.flatnonzero([bool(self._mail[x].leaving) for x in layers]):
                 leaving, victim = self._mail[layers[i]].leaving, victims[i]
                 if victim in leaving:  # that was an eviction already
-                    self.held[layers[i], victim] = before[i]
                     self.evictions -= 1
                     leaving.remove(victim)
             for i in np.flatnonzero([bool(self._mail[x].arriving) for x in layers]):
@@ -215,12 +216,14 @@ class SlotPool:
             self.loads += len(slots)
             return right
 
-    def take(self) -> int | None:
-        """A slot that no kernel reads, or None if none has been reclaimed yet."""
+    def take(self, layer: int, expert: int) -> int | None:
+        """A slot that no kernel reads, for an expert that is not held, until `load`; or None if
+        none has been reclaimed yet."""
         with self._lock:
             if not self._reclaimed:
                 return None
             slot, event = self._reclaimed.popleft()
+            self.held[layer, expert] = self._coming[layer, expert] = True
         if event is not None:
             event.synchronize()
         return slot
@@ -229,18 +232,13 @@ class SlotPool:
         """The expert's weights are complete in `slot`: show them at the layer's next pass. The slot
         is free again if the expert has come by `exchanged` meanwhile."""
         with self._lock:
-            mail = self._mail[layer]
+            mail, self._coming[layer, expert] = self._mail[layer], False
             if self.slot_of[layer, expert] >= 0 and expert not in mail.leaving:
                 self._reclaimed.append((slot, None))
                 self.doubled += 1
                 return
             self.loads += 1
             mail.arriving.append((expert, slot))
-
-    def give_back(self, slot: int) -> None:
-        """Return an unused slot taken with `take`."""
-        with self._lock:
-            self._reclaimed.append((slot, None))
 
     @property
     def pending(self) -> int:

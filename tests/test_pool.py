@@ -141,9 +141,8 @@ class SlotProtocol(RuleBasedStateMachine):
     def start_copy(self, layer, expert):
         if self.pool.held[layer, expert]:
             return
-        slot = self.pool.take()
+        slot = self.pool.take(layer, expert)
         if slot is not None:
-            self.pool.held[layer, expert] = True
             self.slot_tag(slot)[0] = -1  # half written
             self.filling[slot] = (layer, expert)
 
@@ -214,8 +213,7 @@ NEW, OLD = indices([(0, 4)]), indices([(0, 2)])
 def resident(device):
     """A pool of one slot, with expert 2 in it, and no kernel that reads."""
     pool = SlotPool([LAYOUT], 1, torch.device(device))
-    pool.held[0, 2] = True
-    pool.load(0, 2, pool.take())
+    pool.load(0, 2, pool.take(0, 2))
     pool.publish()
     pool.quiet = True
     return pool
@@ -275,7 +273,7 @@ def test_kernels_wait_for_what_was_replaced():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_take_waits_for_kernels_that_read_the_slot():
     pool = SlotPool([LAYOUT], 1, torch.device("cuda"))
-    slot = pool.take()
+    slot = pool.take(0, 2)
     pool.load(0, 2, slot)
     pool.publish(0)
     assert int(pool.address[0, 2]) == pool.memory.data_ptr()
@@ -285,6 +283,6 @@ def test_take_waits_for_kernels_that_read_the_slot():
     pool.evict(0, 2)
     pool.publish(0)
     assert not reading.query()
-    assert pool.take() == slot
+    assert pool.take(0, 3) == slot
     assert reading.query()
     assert np.array_equal(pool.address.cpu().numpy(), np.zeros((1, EXPERTS)))
