@@ -93,6 +93,7 @@ def _row(
         keep=True,
         draft_copies=bool(said.get("draft_copies", False)),
         prompt=Profile.of_trace(prompt).rate * (gamma + 1),
+        learnt=True,
         draft_token=1e-3 * measured["draft ms"] / max(gamma, 1),
         warmup=text.warmup / after.shape[0],
     )

@@ -138,6 +138,7 @@ def replay(
     keep: bool = False,
     draft_copies: bool = False,
     draft_token: float = 0.0,
+    learnt: bool = False,
     warmup: float = 0.25,
     balancer: Balancer | None = None,
     balance_every: int = 8,
@@ -154,6 +155,8 @@ def replay(
     stream as many as `CostModel.streams` says, which do not stay; None: copies follow one another.
     keep: with it, what streams stays as `spac.keep` says. draft_copies: with `keep`, what the last
     window used is also copied while a draft runs, before the next window begins (`spac.idle`).
+    learnt: `cost` is as `spac.split` learns it, where a stream's seconds are what it adds to those
+    of the resident experts; else both run side by side.
     balancer: sets a `Spac` policy's thresholds and quotas every `balance_every` windows.
     profile: what an earlier run saw fills the slots and starts the policy (see `attach`).
     prompt: pairs [L, E] of a window, as the prompt had them, which the policy begins from; without
@@ -211,6 +214,8 @@ def replay(
             on_link = pool.stream(len(streamed)) if len(streamed) else 0.0
             cpu = np.setdiff1d(missing, streamed, assume_unique=True)
             gpu_side = cost.gpu(len(hit) + len(streamed), n[hit].sum() + n[streamed].sum())
+            if learnt:
+                gpu_side += on_link
             cpu_side = cost.cpu(len(cpu), n[cpu].sum())
             took = float(cost.dense(W)) + handoff
             took += max(float(gpu_side), float(cpu_side), on_link)
