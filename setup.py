@@ -9,6 +9,16 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 # matter which torch the build saw. No -mavx2 here: the ISA is chosen at run time.
 STABLE_ABI = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_TARGET_VERSION=0x020A000000000000"]
 
+
+class Build(BuildExtension):
+    """Keeps its object files, also those of an editable installation, so that what follows
+    (another one, a wheel) compiles only what has changed since."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/temp"
+
+
 setup(
     ext_modules=[
         CppExtension(
@@ -20,6 +30,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -56,6 +56,7 @@ class DraftLengthController:
         # Two drafted tokens' worth of the prior: it fades with the first real windows.
         self._kept, self._tried = 2.0 * acceptance, 2.0
         self._step: dict[int, deque[float]] = {}
+        self._median: dict[int, float] = {}  # of self._step
         self._draft: deque[float] = deque(maxlen=9)  # seconds per drafted token
         self._seen: dict[int, int] = {}  # gamma -> step of its last observation
         self._steps, self._next_look, self._credit = 0, interval, 0.0
@@ -90,10 +91,11 @@ class DraftLengthController:
             self._kept = self._kept * decay + accepted
             self._tried = self._tried * decay + tried
         if gamma in self._step:
-            ratio = step_seconds / (self._drift * statistics.median(self._step[gamma]))
+            ratio = step_seconds / (self._drift * self._median[gamma])
             self._drift *= min(max(ratio, 0.1), 10.0) ** (0.3 if self._steps < 32 else 0.1)
         times = self._step.setdefault(gamma, deque(maxlen=31))
         times.append(step_seconds / self._drift)
+        self._median[gamma] = statistics.median(times)
         self._seen[gamma] = self._steps
         if gamma:
             self._draft.append(draft_seconds / gamma)
@@ -152,22 +154,24 @@ class DraftLengthController:
         lengths = sorted(self._step)
         if not lengths:
             return self._predict(gamma) if self._predict else 1.0 + 0.1 * gamma
-        times = [statistics.median(self._step[g]) for g in lengths]
+        times = [self._median[g] for g in lengths]
         counts = [len(self._step[g]) for g in lengths]
         if self._predict:
             ratio = [t / self._predict(g) for g, t in zip(lengths, times, strict=True)]
             line = self._predict(gamma) * float(np.interp(gamma, lengths, ratio))
         else:
             line = _line(lengths, times, counts, gamma)
-        mine = self._step.get(gamma, ())
-        total = len(mine) * statistics.median(mine) if mine else 0.0
-        return self._drift * (total + self.PRIOR * line) / (len(mine) + self.PRIOR)
+        count = len(self._step.get(gamma, ()))
+        total = count * self._median.get(gamma, 0.0)
+        return self._drift * (total + self.PRIOR * line) / (count + self.PRIOR)
 
 
 def _line(x: Sequence[int], y: Sequence[float], weights: Sequence[int], at: int) -> float:
     """The weighted least squares line through (x, y) at `at`; its slope is not negative."""
-    x_mean, y_mean = np.average(x, weights=weights), np.average(y, weights=weights)
-    spread = np.average((np.array(x) - x_mean) ** 2, weights=weights)
-    both = np.average((np.array(x) - x_mean) * (np.array(y) - y_mean), weights=weights)
+    points, total = list(zip(x, y, weights, strict=True)), sum(weights)
+    x_mean = sum(w * a for a, _, w in points) / total
+    y_mean = sum(w * b for _, b, w in points) / total
+    spread = sum(w * (a - x_mean) ** 2 for a, _, w in points)
+    both = sum(w * (a - x_mean) * (b - y_mean) for a, b, w in points)
     slope = max(both / spread, 0.0) if spread else 0.0
-    return float(y_mean + slope * (at - x_mean))
+    return y_mean + slope * (at - x_mean)

@@ -30,7 +30,7 @@ def solver():
     pytest.importorskip("cvxpy")  # imported here, not while a test waits
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(tiny_moe):
     return tiny_moe().generate(PROMPT, max_new_tokens=NEW, do_sample=False)
 

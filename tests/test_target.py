@@ -143,7 +143,7 @@ def test_models_that_cannot_run_it_say_why(tiny_moe):
 LAYOUT = ExpertLayout(num_experts=5, hidden=10, intermediate=6, dtype=torch.float32)
 
 
-def handoff(device, limit_s=3.0):
+def handoff(device, limit_s=30.0):
     store = HostStore([LAYOUT] * 2, pin=device == "cuda")
     for _ in range(2):
         store.allocate().view(torch.float32).normal_()
