@@ -11,7 +11,8 @@ from spac.bench.roofline import Machine
 from spac.cost import CostModel
 
 COLUMNS = ["provider", "slots", "gamma", "tokens/s", "ms/step", "draft ms", "TTFT ms", "coverage"]
-COLUMNS += ["GB/token", "copies/step", "GPU busy", "CPU busy", "PCIe busy", "of roofline"]
+COLUMNS += ["GB/token", "copies/step", "GPU busy", "GPU waits", "CPU busy", "PCIe busy"]
+COLUMNS += ["of roofline"]
 BASELINES = ("lru", "static", "cpu", "stream")
 
 
@@ -46,6 +47,7 @@ def cells(f: Figures, machine: Machine, blob: int, dense: int) -> list[Any]:
         c.moved / f.tokens / 1e9,
         c.copied / blob / f.steps,
         f.gpu_busy,
+        c.waited_seconds / f.seconds,
         c.cpu_seconds / f.seconds,
         sides["link"] / f.seconds,
         max(sides.values()) / f.steps / verify,

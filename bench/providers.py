@@ -42,6 +42,7 @@ class Counts:
     moved: int = 0  # bytes over the link
     copied: int = 0  # of them, by the copy thread
     cpu_seconds: float = 0.0
+    waited_seconds: float = 0.0  # by the GPU, for the CPU's answer
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(**{name: value - vars(other)[name] for name, value in vars(self).items()})
@@ -129,6 +130,7 @@ class EngineProvider(Provider):
             moved=copied + engine.streamed_bytes,
             copied=copied,
             cpu_seconds=engine.cpu_seconds,
+            waited_seconds=engine.waited_seconds,
         )
 
     def close(self) -> None:

@@ -110,6 +110,7 @@ class Engine:
         self.prefill_tokens = 0
         self._prefill_bytes = 0
         self.cpu_seconds = 0.0  # in the CPU's FFN
+        self.waited_seconds = 0.0  # that the GPU had to wait for it, in windows by flags
         self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
         self.handoff: HandOff | None = None
         self.cut: Callable[[], None] | None = None  # called before layer CUT, by flags
@@ -348,6 +349,8 @@ class Engine:
         if state is not None and self.copier.is_alive():
             buffers = state.utility.numpy(), state.frequency.numpy()
             work = self._clock.work(self._last_width, state)
+            if work is not None:
+                self.waited_seconds += float(work.waited.sum())
             self.copier.submit(Snapshot(self.windows, self._began, *buffers, self._told, work))
             self._told = None
 

@@ -76,6 +76,7 @@ def _engine_stats(engine: Engine) -> dict[str, Any]:
         "streamed_bytes": engine.streamed_bytes,
         "prefill_tokens": engine.prefill_tokens,
         "cpu_seconds": engine.cpu_seconds,
+        "waited_seconds": engine.waited_seconds,
         "balancer": {
             "solved": balancer.solved,
             "failed": balancer.failed,
