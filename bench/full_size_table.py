@@ -28,6 +28,7 @@ class Figures:
     gpu_busy: float | None
     eager: list[str]  # why a window that could be a CUDA graph was none
     learnt: CostModel | None
+    error: float  # of sampled layers (full_size_check)
 
 
 def cells(f: Figures, machine: Machine, blob: int, dense: int) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -53,6 +53,8 @@ class Provider:
 
     counts: Counts
     static = False  # may be captured in a CUDA graph
+    depth: int | None = None  # layer l has the weights of layer l % depth
+    slow = False  # a few windows must do
     engine: Engine | None = None
 
     @property
@@ -269,6 +271,43 @@ class GroupedMm(AllResident):
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         weights = weights.to(hidden.dtype)
         return grouped_mm_experts_forward(self.layers[layer], hidden, ids.long(), weights)
+
+
+class Accelerated(Provider):
+    """accelerate's `cpu_offload` around transformers' experts: each layer's cross the link whole.
+
+    The weights of two layers, a second copy in host memory, stand for those of all.
+    """
+
+    depth = 2
+    slow = True
+
+    def __init__(self, model: PreTrainedModel, store: HostStore, device: torch.device) -> None:
+        from accelerate import cpu_offload
+
+        self.counts, self.layers = Counts(), []
+        for (_, module), layout, blobs in zip(
+            find_experts(model)[: self.depth], store.layouts, store.blobs, strict=False
+        ):
+            own, views = copy.copy(module), blob_views(blobs, layout)
+            own.__dict__.pop("_spac_binding", None)
+            own.config = copy.copy(module.config)
+            own.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
+            weights = {"gate_up_proj": views["gate_up"], "down_proj": views["down"]}
+            own._parameters = {
+                name: nn.Parameter(view.contiguous(), requires_grad=False)
+                for name, view in weights.items()
+            }
+            self._bytes = sum(p.nbytes for p in own._parameters.values())
+            cpu_offload(own, device)
+            self.layers.append(own)
+
+    def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        self.counts.pairs += ids.numel()
+        self.counts.moved += self._bytes
+        self.counts.gpu_experts += len(ids.unique())
+        module = self.layers[layer % len(self.layers)]
+        return module(hidden, ids.long(), weights.to(hidden.dtype))
 
 
 def throttled(copy: Copy, seconds: float) -> Copy:

@@ -11,6 +11,7 @@ from spac.bench.synthetic import ReplayedRouting, build, cut, tiled
 from spac.config import SpacConfig
 from spac.cost import CostModel
 from spac.quantize import dequantize
+from spac.testing import fault
 from spac.trace import Trace, save_trace
 
 LAYERS, EXPERTS, TOP_K = 2, 12, 3
@@ -102,8 +103,20 @@ def test_bench_generate_at_full_size(trace, tmp_path, capsys):
         assert out.count(f"| {name} |") == 2
     assert "weights are random, so text is not" in out and "the best with SD" in out
     assert '"draft_copies": true' in out
-    argv += ["--tokens", "4", "--warmup", "2", "--providers", "spac", "--no-draft-copies"]
-    assert main(argv) == 0 and '"draft_copies": false' in capsys.readouterr().out
+    assert "rms against fp64: at most 0.0" in out
+    argv += ["--tokens", "4", "--warmup", "2", "--no-draft-copies"]
+    assert main([*argv, "--providers", "spac", "accelerate"]) == 0
+    out = capsys.readouterr().out
+    assert '"draft_copies": false' in out and out.count("| accelerate | - |") == 2
+
+
+def test_a_wrong_layer_is_noticed(trace, tmp_path, capsys):
+    save_trace(tmp_path / "t.npz", trace)
+    argv = ["generate", "--shape", "small", "--trace", str(tmp_path / "t.npz"), "--layers", "3"]
+    argv += ["--num-draft-tokens", "1", "--prompt-tokens", "40", "--tokens", "4", "--warmup", "2"]
+    with fault("experts", change=lambda rows: rows * 1.1):
+        assert main([*argv, "--providers", "spac", "accelerate"]) == 1
+    assert "more than 0.0078: spac at gamma 1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
