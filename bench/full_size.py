@@ -181,6 +181,7 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         notes += [f"{name}: {reason}" for reason in result.eager]
         if result.learnt is not None:
             said[f"{name} {slots} {gamma}"] = asdict(result.learnt)
+            said[f"seen, {name} {slots} {gamma}"] = result.seen
         share = None if name in WITHOUT_SLOTS else f"{slots / everything:.0%}"
         rows.append([name, share, gamma, *cells(result, machine, layout.blob_bytes, dense)])
     wrong = [f"{n} at gamma {g}" for (n, _, g), f in figures.items() if not f.error <= LIMIT]
@@ -279,7 +280,7 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         error = layer_error(job.made, provider, ids[-1])
         eager = list(target.reasons) if isinstance(target, StaticTarget) else []
         times = len(seconds), made, elapsed, median, draft, ttft
-        return Figures(*times, counts, busy, eager, provider.learnt, error)
+        return Figures(*times, counts, busy, eager, provider.learnt, provider.seen, error)
     finally:
         provider.close()
         del provider, job.routing.provider

@@ -28,6 +28,7 @@ class Figures:
     gpu_busy: float | None
     eager: list[str]  # why a window that could be a CUDA graph was none
     learnt: CostModel | None
+    seen: dict[str, Any]  # as of `spac.split`
     error: float  # of sampled layers (full_size_check)
 
 

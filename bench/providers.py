@@ -63,6 +63,12 @@ class Provider:
         split = self.engine.control.split if self.engine is not None else None
         return None if split is None else split.costs
 
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What layers took, as of `Split.seen`."""
+        split = self.engine.control.split if self.engine is not None else None
+        return {} if split is None else split.seen()
+
     def drafting(self, tokens: int) -> None:
         """The last window is over, and a draft model runs for so many tokens next."""
 

@@ -63,7 +63,8 @@ class Split:
         self.streams = costs.streams(num_experts, within=within)
         self._first = costs
         self._rows: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=_WINDOWS)
-        self._each: deque[np.ndarray] = deque(maxlen=_WINDOWS)  # seconds of a streamed expert
+        # [n, 3]: experts that a layer streamed, seconds of its resident ones, seconds of both
+        self._ready: deque[np.ndarray] = deque(maxlen=_WINDOWS)
         self._rest: dict[int, deque[float]] = {}  # seconds from one layer's end to the next bell
         self._seen = 0
 
@@ -79,28 +80,41 @@ class Split:
             return
         rows = np.stack([np.ones_like(left), left, left_pairs], axis=1)
         self._rows.append((rows[worked], (end - begin)[worked]))
-        self._each.append(self._streaming(work, worked))
+        self._ready.append(self._device(work, worked))
         self._seen += 1
         if self._seen % _REFIT == 0:
             self._refit(float(self.costs.gpu(here, here_pairs).mean()))
 
-    def _streaming(self, work: Work, worked: np.ndarray) -> np.ndarray:
-        """Seconds that each streamed expert took, of the layers where that can be told."""
+    def seen(self) -> dict[str, dict[int, tuple[int, float, float]]]:
+        """Of the last windows' layers how many, and mean and median seconds: "cpu" by the experts
+        that the CPU had, "ready" by those that were streamed, until the GPU had its part; and
+        "rest" by the width of a window, from one layer's end to the next one's bell."""
+        nothing = np.empty((0, 3)), np.empty(0)
+        rows, cpu = (np.concatenate(parts) for parts in zip(nothing, *self._rows, strict=True))
+        streamed, _, ready = np.concatenate([np.empty((0, 3)), *self._ready]).T
+        rest = {width: np.array(each) for width, each in self._rest.items() if each}
+        return {
+            "cpu": {int(n): _typical(cpu[rows[:, 1] == n]) for n in np.unique(rows[:, 1])},
+            "ready": {int(n): _typical(ready[streamed == n]) for n in np.unique(streamed)},
+            "rest": {width: _typical(each) for width, each in rest.items()},
+        }
+
+    def _device(self, work: Work, worked: np.ndarray) -> np.ndarray:
+        """Of the layers where that can be told, a row of `_ready`."""
         begin, end = work.times.T
         gap, waited = begin[1:] - end[:-1], work.waited[:-1]
         follows = worked[:-1] & (gap > 0)
         if not follows.any():
-            return np.empty(0)
+            return np.empty((0, 3))
         second = follows & (waited > 2e-6)
         known = self._rest.setdefault(work.width, deque(maxlen=2 * _WINDOWS))
         if second.any():
             known.append(float(np.median(gap[second])))
         rest = float(np.median(known)) if known else float(gap[follows].min())
         device = np.where(second, (end - begin)[:-1] - waited, begin[1:] - begin[:-1] - rest)
-        use = follows & (work.streamed[:-1] > 0)
-        _, here_pairs, _, here = work.counts[:-1][use].T
-        rows: np.ndarray = np.maximum(device[use] - self.costs.gpu(here, here_pairs), 0)
-        return rows / work.streamed[:-1][use]
+        _, here_pairs, _, here = work.counts[:-1][follows].T
+        base, streamed = self.costs.gpu(here, here_pairs), work.streamed[:-1][follows]
+        return np.stack([streamed, base, device[follows]], axis=1)
 
     def _refit(self, base: float) -> None:
         rows, seconds = (np.concatenate(parts) for parts in zip(*self._rows, strict=True))
@@ -111,8 +125,9 @@ class Split:
             np.concatenate([rows, *[prior] * again]), np.concatenate([seconds, *[expected] * again])
         )
         one = float(self.costs.stream(1))
-        each = np.concatenate(self._each)
-        if len(each):
+        streamed, resident, ready = np.concatenate(self._ready).T
+        if (streamed > 0).any():
+            each = np.maximum(ready - resident, 0)[streamed > 0] / streamed[streamed > 0]
             one = float(np.median(each))
         else:  # nothing is streamed: come back to the measured model, slowly, to see again
             one += 0.05 * (float(self._first.stream(1)) - one)
@@ -124,3 +139,8 @@ class Split:
             stream_byte=max(one, 1e-9) / self.costs.expert_bytes,
         )
         self.streams = self.costs.streams(len(self.streams) - 1, base, self._within)
+
+
+def _typical(seconds: np.ndarray) -> tuple[int, float, float]:
+    """How many, mean and median."""
+    return len(seconds), float(seconds.mean()), float(np.median(seconds))

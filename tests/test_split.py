@@ -62,6 +62,22 @@ def test_looks_again_when_nothing_is_streamed():
     assert split.streams[4]
 
 
+def test_what_was_seen_is_told():
+    split, rng = Split(MEASURED, EXPERTS), np.random.default_rng()
+    assert split.seen() == {"cpu": {}, "ready": {}, "rest": {}}
+    for _ in range(64):
+        split.observe(window(rng, MEASURED, MEASURED.streams(EXPERTS), 6e-5, 12)[0])
+    seen = split.seen()
+    for n, (count, mean, median) in seen["cpu"].items():
+        expected = float(MEASURED.cpu(n, n))
+        assert count < 20 or (mean, median) == pytest.approx((expected, expected), rel=0.1)
+    for n, (_, mean, _) in seen["ready"].items():
+        expected = float(MEASURED.gpu(2.5, 2.5) + MEASURED.stream(n))
+        assert mean == pytest.approx(expected, abs=8e-6)
+    assert len(seen["cpu"]) > 4 and len(seen["ready"]) > 2
+    assert seen["rest"].keys() == {9} and seen["rest"][9][2] == pytest.approx(6e-5, abs=2e-6)
+
+
 def test_windows_that_say_nothing_change_nothing():
     split = Split(MEASURED, EXPERTS)
     work, _ = window(np.random.default_rng(0), MEASURED, split.streams, 6e-5, 4)
