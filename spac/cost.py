@@ -97,11 +97,18 @@ class CostModel:
         one = self.expert_bytes * (self.stream_byte or self.h2d_byte)
         return np.asarray(experts, dtype=float) * one
 
-    def missing(self, experts: ArrayLike, pairs: ArrayLike) -> NDArray[np.float64]:
-        """Seconds of missing experts that CPU and link share so that both end together, when a mean
-        is known and not each window's number (a window splits whole experts: `streams`)."""
-        cpu, link = self.cpu(experts, pairs), self.stream(experts)
-        return cpu * link / np.maximum(cpu + link, 1e-30)
+    def missing(self, experts: float, pairs: float) -> float:
+        """Seconds of missing experts that CPU and link share as well as whole experts can be
+        (`streams`); of a mean number, between those of the numbers below and above it."""
+        few, part = divmod(experts, 1.0)
+        each = pairs / experts if experts else 0.0
+
+        def best(n: int) -> float:
+            streamed = np.arange(n + 1)
+            cpu = self.cpu(n - streamed, (n - streamed) * each)
+            return float(np.maximum(cpu, self.stream(streamed)).min())
+
+        return (1 - part) * best(int(few)) + part * best(int(few) + 1)
 
     def streams(self, most: int, busy: float = 0.0, within: float = 1.05) -> NDArray[np.int32]:
         """Of n = 0..most missing experts with a pair each, how many the GPU should read from host

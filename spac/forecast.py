@@ -25,6 +25,7 @@ from spac.cost import CostModel, measure
 from spac.draft_length import expected_tokens
 from spac.experts import expert_layout, find_experts, router_top_k
 from spac.machine import Machine
+from spac.prefill import area_experts
 
 REUSE, PAIRS, SPREAD = 0.65, 0.22, 0.062
 CALIBRATION_S = 15.0  # at most so long the operators of this machine are timed
@@ -119,8 +120,8 @@ def forecast(
     acceptance: chance that a drafted token is kept, 0 for no draft at all. Raises BudgetTooSmall.
     """
     budget = plan_budget(model, total, settings or SpacConfig(), draft)
-    layers = len(find_experts(model))
-    experts = expert_layout(find_experts(model)[0][1]).num_experts
+    layers, layout = len(find_experts(model)), expert_layout(find_experts(model)[0][1])
+    experts = layout.num_experts
     k, share = router_top_k(model), budget.slots / (layers * experts)
 
     def step(gamma: int) -> Step:
@@ -134,14 +135,19 @@ def forecast(
             layers * float(costs.dense(width)),
             layers * costs.handoff * (share < 1),
             layers * float(costs.gpu(here, pairs * covered)),
-            layers * float(costs.missing(distinct - here, pairs * (1 - covered))),
+            layers * costs.missing(distinct - here, pairs * (1 - covered)),
             expected_tokens(acceptance, gamma),
         )
 
     steps = [step(gamma) for gamma in range(max_gamma + 1 if acceptance else 1)]
     best = max(steps, key=lambda s: s.tokens_per_second)
     used = min(experts, k * prompt**REUSE)
-    ffn = max(float(costs.gpu(used, prompt * k)), float(costs.h2d(used * (1 - share))))
+    missing = used * (1 - share)
+    if area_experts(layout):  # else a prompt reads them over the link alone
+        read = costs.missing(missing, prompt * k * (1 - share))
+    else:
+        read = float(costs.stream(missing))
+    ffn = max(float(costs.gpu(used, prompt * k)), read)
     ttft = layers * (ffn + float(costs.dense(prompt)))
     return Forecast(budget, share, share**PAIRS, best, steps[0], ttft)
 

@@ -162,9 +162,12 @@ def test_missing_is_what_cpu_and_link_take_together():
     costs = CostModel(100, 0, 1, 0, 0, 3.0, 0.5, 0, 0.02, stream_byte=0.04)
     assert costs.stream(2) == pytest.approx(8)
     assert dataclasses.replace(costs, stream_byte=0.0).stream(2) == pytest.approx(4)  # as a copy
-    share = 7 / (7 + 8)  # of two experts, on the link: then 8 * share == 7 * (1 - share)
-    assert costs.missing(2, 2) == pytest.approx(8 * share) == pytest.approx(7 * (1 - share))
     assert costs.missing(0, 0) == 0
+    assert costs.missing(1, 1) == pytest.approx(3.5)  # by the CPU
+    assert costs.missing(2, 2) == pytest.approx(4.0)  # one each
+    assert costs.missing(5, 5) == pytest.approx(10.5)  # two on the link
+    assert costs.missing(1.25, 1.25) == pytest.approx(0.75 * 3.5 + 0.25 * 4.0)
+    assert costs.missing(2, 6) == pytest.approx(4.5)
 
 
 def test_streams_lets_both_sides_end_together():

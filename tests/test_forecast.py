@@ -3,6 +3,8 @@
 import importlib.util
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from spac.__main__ import main
 from spac.budget import bytes_for_ratio, plan_budget
@@ -19,6 +21,24 @@ def folder(tiny_moe, tmp_path):
     config.dtype = "float32"
     config.save_pretrained(tmp_path)  # config.json and nothing else
     return str(tmp_path)
+
+
+def test_what_was_measured_is_predicted():
+    """Qwen3-30B-A3B with top-6 at 17 %, an H200 and an H100: docs/benchmarks.md."""
+    from spac.bench.synthetic import SHAPES
+
+    config = Qwen3MoeConfig(
+        **SHAPES["qwen3-30b-a3b"], num_hidden_layers=48, num_experts=128, num_experts_per_tok=6
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    costs = machine_costs(model, MACHINES["h200"])
+    options = {"draft_token": MACHINES["h200"].draft_token, "acceptance": 0.7}
+    found = forecast(model, 13 << 30, costs, **options)
+    assert 0.16 < found.share < 0.18
+    assert found.without.tokens_per_second == pytest.approx(91, rel=0.1)
+    assert (found.best.gamma, found.best.tokens_per_second) == (1, pytest.approx(105, rel=0.15))
+    assert found.ttft == pytest.approx(0.37, rel=0.2)
 
 
 def test_the_budget_is_that_of_the_attached_model(folder, tiny_moe):
