@@ -4,8 +4,9 @@ Once the host has read what a window gave, no kernel reads a slot until the next
 forward thread, while the first step of the draft runs, learns what the window did to the slots and
 declares the pool quiet; the copy thread chooses (`Control.exchange`) and copies. So the host delays
 the draft by one small copy, and Ctrl-C never meets a slot half changed. The next window finds the
-state on the host, and is launched without a wait for the draft's end. Without a draft the state is
-sent when a window begins, and learnt when it is under way, unless a change has to be published.
+state on the host, and is launched without a wait for the draft's end. Without a draft, or with one
+that is too short, the state is sent when a window begins, and learnt when it is under way, unless a
+change has to be published.
 """
 
 from __future__ import annotations

@@ -63,9 +63,8 @@ class SlotPool:
         )
         self.slot_of = np.full((num_layers, num_experts), -1, dtype=np.int32)  # published
         self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
-        self._coming = (
-            self.held.copy()
-        )  # from `take` to `load`, whatever windows exchange meanwhile
+        # From `take` to `load`, whatever windows exchange meanwhile.
+        self._coming = np.zeros((num_layers, num_experts), dtype=bool)
         # Set by the forward thread when every kernel that read slots has ended, until `publish`.
         self.quiet = False
         self._replaced = False  # since then: copies may be under way
