@@ -63,8 +63,9 @@ class SlotPool:
         )
         self.slot_of = np.full((num_layers, num_experts), -1, dtype=np.int32)  # published
         self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
-        # From `take` to `load`, whatever windows exchange meanwhile.
-        self._coming = np.zeros((num_layers, num_experts), dtype=bool)
+        # Its copy is under way, from `take` to `load`. Windows may bring it and take it away
+        # meanwhile; in no other way it gives up a slot.
+        self.coming = np.zeros((num_layers, num_experts), dtype=bool)
         # Set by the forward thread when every kernel that read slots has ended, until `publish`.
         self.quiet = False
         self._replaced = False  # since then: copies may be under way
@@ -122,10 +123,11 @@ class SlotPool:
         in stream order: the kernels launched so far read the old ones, those to come the new."""
         here, slot_of, held = slice(layer, layer + 1), self.slot_of[layer], self.held[layer]
         with self._lock:
-            if (slot_of[old] < 0).any() or not held[old].all() or held[new].any():
+            given = held[old] & ~self.coming[layer, old]
+            if (slot_of[old] < 0).any() or not given.all() or held[new].any():
                 raise ValueError(f"layer {layer}: no exchange of {old} for {new}")
             slots, self._mail[layer].unseen = slot_of[old], True
-            slot_of[old], held[old] = -1, self._coming[layer, old]
+            slot_of[old], held[old] = -1, False
             self.evictions += len(old)
             self._show(here)  # first: no kernel may see a slot that is half written
             for expert, slot, blob in zip(new, slots, blobs, strict=True):
@@ -141,7 +143,7 @@ class SlotPool:
         table: the host follows, before the next `publish`. One window's, int [n] each."""
         with self._lock:
             self.slot_of[layers, newcomers] = self.slot_of[layers, victims]
-            self.held[layers, victims] = self._coming[layers, victims]
+            self.held[layers, victims] = self.coming[layers, victims]
             self.held[layers, newcomers] = True
             for i in np.flatnonzero([bool(self._mail[x].leaving) for x in layers]):
                 leaving, victim = self._mail[layers[i]].leaving, victims[i]
@@ -185,7 +187,8 @@ class SlotPool:
         if the expert has left in the meantime."""
         with self._lock:
             leaving = self._mail[layer].leaving
-            if expert in leaving or self.slot_of[layer, expert] < 0:
+            coming = self.coming[layer, expert]
+            if expert in leaving or coming or self.slot_of[layer, expert] < 0:
                 return
             self.held[layer, expert] = False
             self.evictions += 1
@@ -203,7 +206,7 @@ class SlotPool:
                 self._mail[layer].unseen = True
             slots = self.slot_of[victims]
             right = (self.slot_of[newcomers] < 0) & ~self.held[newcomers]
-            right &= (slots >= 0) & self.held[victims] & self.quiet
+            right &= (slots >= 0) & self.held[victims] & ~self.coming[victims] & self.quiet
             new, old = ((layers[right], experts[right]) for layers, experts in (newcomers, victims))
             slots = slots[right]
             self.slot_of[old], self.held[old] = -1, False
@@ -222,7 +225,7 @@ class SlotPool:
             if not self._reclaimed:
                 return None
             slot, event = self._reclaimed.popleft()
-            self.held[layer, expert] = self._coming[layer, expert] = True
+            self.held[layer, expert] = self.coming[layer, expert] = True
         if event is not None:
             event.synchronize()
         return slot
@@ -231,7 +234,7 @@ class SlotPool:
         """The expert's weights are complete in `slot`: show them at the layer's next pass. The slot
         is free again if the expert has come by `exchanged` meanwhile."""
         with self._lock:
-            mail, self._coming[layer, expert] = self._mail[layer], False
+            mail, self.coming[layer, expert] = self._mail[layer], False
             if self.slot_of[layer, expert] >= 0 and expert not in mail.leaving:
                 self._reclaimed.append((slot, None))
                 self.doubled += 1

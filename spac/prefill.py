@@ -110,7 +110,8 @@ class Prefill:
         """The experts in the area, most pairs first, take the slots of the layer's residents with
         the fewest, as long as they have more."""
         pairs = self._pairs[layer]
-        held = np.flatnonzero(pool.held[layer] & (pool.slot_of[layer] >= 0))
+        settled = pool.held[layer] & ~pool.coming[layer] & (pool.slot_of[layer] >= 0)
+        held = np.flatnonzero(settled)
         least = held[np.argsort(pairs[held], kind="stable")][: len(experts)]
         places = np.argsort(-pairs[experts], kind="stable")
         places = places[~pool.held[layer, experts[places]]]

@@ -96,7 +96,11 @@ class SlotProtocol(RuleBasedStateMachine):
         pairs = list(zip(newcomers, victims, strict=False))
         leaving = {(i, e) for i, mail in enumerate(pool._mail) for e in mail.leaving}
         right = [
-            slots[old] >= 0 and old not in leaving and slots[new] < 0 and not pool.held[new]
+            slots[old] >= 0
+            and old not in leaving
+            and not pool.coming[old]
+            and slots[new] < 0
+            and not pool.held[new]
             for new, old in pairs
         ]
         before = [int(slots[old]) for _, old in pairs], pool.loads, pool.evictions
@@ -121,7 +125,8 @@ class SlotProtocol(RuleBasedStateMachine):
         self.learn()
         self.publish(layer)
         pool = self.pool
-        old = [e for e in range(EXPERTS) if pool.slot_of[layer, e] >= 0 and pool.held[layer, e]]
+        settled = (pool.slot_of[layer] >= 0) & pool.held[layer] & ~pool.coming[layer]
+        old = np.flatnonzero(settled).tolist()
         new = [e for e in range(EXPERTS) if not pool.held[layer, e] and pool.slot_of[layer, e] < 0]
         count = data.draw(st.integers(0, min(len(old), len(new))))
         blobs = [torch.zeros(pool.slot_bytes, dtype=torch.uint8) for _ in range(count)]
