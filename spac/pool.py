@@ -63,8 +63,8 @@ class SlotPool:
         )
         self.slot_of = np.full((num_layers, num_experts), -1, dtype=np.int32)  # published
         self.held = np.zeros((num_layers, num_experts), dtype=bool)  # resident or on its way in
-        # Its copy is under way, from `take` to `load`. Windows may bring it and take it away
-        # meanwhile; in no other way it gives up a slot.
+        # From `take` until its copy is shown. Windows may bring an expert and take it away in the
+        # meantime; in no other way it gives up a slot.
         self.coming = np.zeros((num_layers, num_experts), dtype=bool)
         # Set by the forward thread when every kernel that read slots has ended, until `publish`.
         self.quiet = False
@@ -91,15 +91,15 @@ class SlotPool:
         """Make a layer's changes (None: all layers') visible to the kernels launched from here."""
         self.quiet = False
         layers = range(len(self._mail)) if layer is None else (layer,)
-        mails = [(self._mail[i], self.slot_of[i]) for i in layers]
-        if not any(mail.leaving or mail.arriving or mail.unseen for mail, _ in mails):
+        mails = [(self._mail[i], self.slot_of[i], self.coming[i]) for i in layers]
+        if not any(mail.leaving or mail.arriving or mail.unseen for mail, *_ in mails):
             return
         with self._lock:
             if self._replaced:
                 if self.stream is not None:
                     torch.cuda.current_stream().wait_stream(self.stream)
                 self._replaced = False
-            for mail, slot_of in mails:
+            for mail, slot_of, coming in mails:
                 mail.unseen = True
                 while mail.leaving:
                     if (slot := int(slot_of[mail.leaving[-1]])) >= 0:
@@ -108,8 +108,9 @@ class SlotPool:
                 while mail.arriving:
                     expert, slot = mail.arriving.pop()
                     slot_of[expert] = slot
+                    coming[expert] = False
             event = self._show(slice(None) if layer is None else slice(layer, layer + 1))
-            for mail, _ in mails:
+            for mail, *_ in mails:
                 freed = [(slot, event) for slot in mail.freed]
                 mail.unseen, mail.freed = False, []
                 self._reclaimed.extend(freed)
@@ -155,6 +156,7 @@ class SlotPool:
                 for expert, slot in [m for m in mail.arriving if m[0] == newcomers[i]]:
                     self.loads -= 1
                     self.doubled += 1
+                    self.coming[layers[i], expert] = False
                     mail.freed, mail.unseen = [*mail.freed, slot], True
                     mail.arriving.remove((expert, slot))
             self.loads += len(layers)
@@ -234,8 +236,9 @@ class SlotPool:
         """The expert's weights are complete in `slot`: show them at the layer's next pass. The slot
         is free again if the expert has come by `exchanged` meanwhile."""
         with self._lock:
-            mail, self.coming[layer, expert] = self._mail[layer], False
+            mail = self._mail[layer]
             if self.slot_of[layer, expert] >= 0 and expert not in mail.leaving:
+                self.coming[layer, expert] = False
                 self._reclaimed.append((slot, None))
                 self.doubled += 1
                 return

@@ -35,6 +35,7 @@ class SlotProtocol(RuleBasedStateMachine):
         self.unknown: list[tuple[int, int, int]] = []  # exchanges
         self.interrupted = False
         self.unpublished: set[int] = set()  # layers of which no kernel may run: replaced since
+        self.stale: set[int] = set()  # where Ctrl-C came: before a window everything is published
 
     def slot_tag(self, slot: int) -> torch.Tensor:
         return self.pool.memory[slot, :8].view(torch.int64)
@@ -47,7 +48,9 @@ class SlotProtocol(RuleBasedStateMachine):
     def publish(self, layer):
         self.pool.publish(layer)
         assert not self.pool.quiet
-        self.unpublished -= set(range(LAYERS) if layer is None else [layer])
+        layers = set(range(LAYERS) if layer is None else [layer])
+        self.unpublished -= layers
+        self.stale -= layers
 
     def learn(self):
         while self.unknown:
@@ -61,7 +64,7 @@ class SlotProtocol(RuleBasedStateMachine):
     def window_exchanges(self, layer, newcomer, victim):
         """The device puts a missing expert into a resident's slot; the host hears of it later."""
         address = self.pool.address[layer]
-        if self.pool.quiet or layer in self.unpublished:
+        if self.pool.quiet or layer in self.unpublished | self.stale:
             return
         if address[newcomer] == 0 and address[victim] != 0:
             slot = (int(address[victim]) - self.pool.memory.data_ptr()) // self.pool.slot_bytes
@@ -135,6 +138,8 @@ class SlotProtocol(RuleBasedStateMachine):
         with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
             pool.exchange(layer, old[:count], new[:count], blobs)
         self.interrupted |= bool(f.hits)
+        if f.hits:
+            self.stale.add(layer)
 
     @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
     def start_copy(self, layer, expert):
@@ -223,6 +228,8 @@ class InterruptedProtocol(SlotProtocol):
         with contextlib.suppress(KeyboardInterrupt), interrupted(after=place) as f:
             self.publish(layer)
         self.interrupted |= bool(f.hits)
+        if f.hits:
+            self.stale |= set(range(LAYERS) if layer is None else [layer])
 
     @rule(layer=st.integers(0, LAYERS - 1), place=st.integers(0, 30), data=st.data())
     def prefill_is_interrupted(self, layer, place, data):
