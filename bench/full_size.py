@@ -179,9 +179,9 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
         print(f"{name}, gamma {gamma}: {speed:.3g} tokens/s", file=sys.stderr, flush=True)
         figures[name, slots, gamma] = result
         notes += [f"{name}: {reason}" for reason in result.eager]
-        if result.learnt is not None:
-            said[f"{name} {slots} {gamma}"] = asdict(result.learnt)
-            said[f"seen, {name} {slots} {gamma}"] = result.seen
+        if result.split is not None:
+            said[f"{name} {slots} {gamma}"] = asdict(result.split.costs)
+            said[f"seen, {name} {slots} {gamma}"] = result.split.seen()
         share = None if name in WITHOUT_SLOTS else f"{slots / everything:.0%}"
         rows.append([name, share, gamma, *cells(result, machine, layout.blob_bytes, dense)])
     wrong = [f"{n} at gamma {g}" for (n, _, g), f in figures.items() if not f.error <= LIMIT]
@@ -239,9 +239,10 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
             ttft = time.perf_counter() - start
         seconds: list[float] = []
         drafting: list[float] = []
-        made = text = 0
-        before, began = provider.read(), 0.0
+        new = [w.accepted + 1 for w in job.windows[gamma]]  # tokens
         stop = len(ids) - _PROFILED
+        first = next(i for i in range(stop) if sum(new[:i]) >= job.warmup)
+        timed = range(1, min(stop, 4)) if provider.slow else range(first, stop)
         job.routing.ids = torch.empty_like(ids[0])  # one place: a CUDA graph reads it
 
         def step(i: int) -> None:
@@ -256,18 +257,15 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
             job.routing.provider.settle(torch.tensor(kept, device=device))
             target.finish(gamma - kept)
 
-        for i in range(min(stop, 4) if provider.slow else stop):
-            if not seconds and (text >= job.warmup or (provider.slow and i)):
-                before, began = provider.read(), time.perf_counter()
+        _each(step, range(timed.start))
+        before, began = provider.read(), time.perf_counter()
+        for i in timed:
             start = time.perf_counter()
             step(i)
-            took = time.perf_counter() - start
-            text += job.windows[gamma][i].accepted + 1
-            if began:
-                seconds.append(took)
-                made += job.windows[gamma][i].accepted + 1
+            seconds.append(time.perf_counter() - start)
         elapsed = time.perf_counter() - began
         counts = provider.read() - before
+        made = sum(new[i] for i in timed)
         for _ in range(3 if gamma else 0):
             sync(device)
             start = time.perf_counter()
@@ -280,7 +278,7 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         error = layer_error(job.made, provider, ids[-1])
         eager = list(target.reasons) if isinstance(target, StaticTarget) else []
         times = len(seconds), made, elapsed, median, draft, ttft
-        return Figures(*times, counts, busy, eager, provider.learnt, provider.seen, error)
+        return Figures(*times, counts, busy, eager, provider.split, error)
     finally:
         provider.close()
         del provider, job.routing.provider

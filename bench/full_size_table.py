@@ -8,7 +8,7 @@ from typing import Any
 
 from spac.bench.providers import Counts
 from spac.bench.roofline import Machine
-from spac.cost import CostModel
+from spac.split import Split
 
 COLUMNS = ["provider", "slots", "gamma", "tokens/s", "ms/step", "draft ms", "TTFT ms", "coverage"]
 COLUMNS += ["GB/token", "copies/step", "GPU busy", "GPU waits", "CPU busy", "PCIe busy"]
@@ -27,8 +27,7 @@ class Figures:
     counts: Counts
     gpu_busy: float | None
     eager: list[str]  # why a window that could be a CUDA graph was none
-    learnt: CostModel | None
-    seen: dict[str, Any]  # as of `spac.split`
+    split: Split | None  # what the engine learnt
     error: float  # of sampled layers (full_size_check)
 
 

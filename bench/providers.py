@@ -24,8 +24,9 @@ from spac.config import SpacConfig
 from spac.cost import CostModel
 from spac.engine import COUNTERS, Engine
 from spac.experts import find_experts
-from spac.layout import ExpertTable
+from spac.layout import ExpertLayout, ExpertTable
 from spac.pool import SlotPool
+from spac.split import Split
 from spac.store import HostStore, blob_views
 
 Copy = Callable[[Any, Any, Any], None]  # layer, expert and slot, of one or of several
@@ -58,16 +59,9 @@ class Provider:
     engine: Engine | None = None
 
     @property
-    def learnt(self) -> CostModel | None:
-        """What the engine found the CPU and the link to take in its windows (`spac.split`)."""
-        split = self.engine.control.split if self.engine is not None else None
-        return None if split is None else split.costs
-
-    @property
-    def seen(self) -> dict[str, Any]:
-        """What layers took, as of `Split.seen`."""
-        split = self.engine.control.split if self.engine is not None else None
-        return {} if split is None else split.seen()
+    def split(self) -> Split | None:
+        """What the engine found the CPU and the link to take in its windows."""
+        return self.engine.control.split if self.engine is not None else None
 
     def drafting(self, tokens: int) -> None:
         """The last window is over, and a draft model runs for so many tokens next."""
@@ -261,18 +255,24 @@ class AllResident(Provider):
         return super().read()
 
 
+def experts_over(module: nn.Module, layout: ExpertLayout, blobs: Tensor) -> nn.Module:
+    """transformers' experts `module` with the weights in `blobs`, as views."""
+    own, views = copy.copy(module), blob_views(blobs, layout)
+    own._parameters = {"gate_up_proj": views["gate_up"], "down_proj": views["down"]}  # type: ignore
+    return own
+
+
 class GroupedMm(AllResident):
     """Every expert in GPU memory, run by transformers' grouped_mm."""
 
     def __init__(self, model: PreTrainedModel, store: HostStore, device: torch.device) -> None:
         super().__init__(store, device)
-        self.layers = []
-        for (_, module), layout, blobs in zip(
-            find_experts(model), store.layouts, self.memory, strict=True
-        ):
-            views, own = blob_views(blobs, layout), copy.copy(module)
-            own._parameters = {"gate_up_proj": views["gate_up"], "down_proj": views["down"]}
-            self.layers.append(own)
+        self.layers = [
+            experts_over(module, layout, blobs)
+            for (_, module), layout, blobs in zip(
+                find_experts(model), store.layouts, self.memory, strict=True
+            )
+        ]
 
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         weights = weights.to(hidden.dtype)
@@ -295,15 +295,12 @@ class Accelerated(Provider):
         for (_, module), layout, blobs in zip(
             find_experts(model)[: self.depth], store.layouts, store.blobs, strict=False
         ):
-            own, views = copy.copy(module), blob_views(blobs, layout)
+            own: Any = experts_over(module, layout, blobs)
             own.__dict__.pop("_spac_binding", None)
             own.config = copy.copy(module.config)
             own.config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
-            weights = {"gate_up_proj": views["gate_up"], "down_proj": views["down"]}
-            own._parameters = {
-                name: nn.Parameter(view.contiguous(), requires_grad=False)
-                for name, view in weights.items()
-            }
+            for name, view in own._parameters.items():
+                own._parameters[name] = nn.Parameter(view.contiguous(), requires_grad=False)
             self._bytes = sum(p.nbytes for p in own._parameters.values())
             cpu_offload(own, device)
             self.layers.append(own)

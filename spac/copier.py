@@ -146,16 +146,16 @@ class CopyThread(threading.Thread):
         """While a draft runs: as many experts as the link carries until it ends take residents'
         slots at once. The next window's kernels wait for them, the next round need not."""
         pool, began = self.pool, time.perf_counter()
-        if (most := self._fit(idle)) > 0:
-            flat = self.control.exchange(idle.pairs, pool.held, pool.slot_of >= 0, most)
-            most = self._fit(idle)  # choosing has taken some time
-            new, old = (np.divmod(indices[:most], pool.held.shape[1]) for indices in flat)
-            done = pool.replace(new, old, self._copy)
-            new, old = ((layers[done], experts[done]) for layers, experts in (new, old))
-            self._forget(old, idle.frequency)
-            self._pairs[new] = idle.frequency[new]
+        resident = pool.slot_of >= 0
+        flat = self.control.exchange(idle.pairs, pool.held, resident, self._fit(idle))
+        most = self._fit(idle)  # choosing has taken some time
+        new, old = (self._place(indices[:most]) for indices in flat)
+        done = pool.replace(new, old, self._copy)
+        new, old = ((layers[done], experts[done]) for layers, experts in (new, old))
+        self._forget(old, idle.frequency)
+        self._pairs[new] = idle.frequency[new]
         self.begun.set()
-        if most > 0 and done.any():
+        if done.any():
             self._wait()
             self._note("link", f"{done.sum()} experts", began)
 
@@ -164,10 +164,9 @@ class CopyThread(threading.Thread):
         seconds = max(idle.until - time.perf_counter(), 0.0)
         return int(seconds / float(self.control.costs.h2d(1)))
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """(layer, expert) of a flat index."""
-        layer, expert = divmod(int(index), self.pool.held.shape[1])
-        return layer, expert
+    def _place(self, index: Any) -> tuple[Any, Any]:
+        """(layer, expert) of a flat index, or (layers, experts) of an array of them."""
+        return divmod(index, self.pool.held.shape[1])
 
     def _forget(self, places: Any, frequency: np.ndarray) -> None:
         """The experts at these indices are evicted, when every expert had `frequency` pairs."""

@@ -100,25 +100,24 @@ class CostModel:
     def missing(self, experts: float, pairs: float) -> float:
         """Seconds of missing experts that CPU and link share as well as whole experts can be
         (`streams`); of a mean number, between those of the numbers below and above it."""
-        few, part = divmod(experts, 1.0)
+        few, part = int(experts), experts % 1.0
         each = pairs / experts if experts else 0.0
+        low, high = self._shared(few + 1, each)[few:].min(axis=1)
+        return float((1 - part) * low + part * high)
 
-        def best(n: int) -> float:
-            streamed = np.arange(n + 1)
-            cpu = self.cpu(n - streamed, (n - streamed) * each)
-            return float(np.maximum(cpu, self.stream(streamed)).min())
-
-        return (1 - part) * best(int(few)) + part * best(int(few) + 1)
+    def _shared(self, most: int, each: float = 1.0, busy: float = 0.0) -> NDArray[np.float64]:
+        """Seconds [most + 1, most + 1] of n missing experts (row) with `each` pairs, of which the
+        GPU, when it has been `busy`, reads some (column) and the CPU computes the others."""
+        n, streamed = np.ogrid[: most + 1, : most + 1]
+        left = np.maximum(n - streamed, 0)
+        seconds = np.maximum(self.cpu(left, left * each), busy + self.stream(streamed))
+        return np.where(streamed <= n, seconds, np.inf)
 
     def streams(self, most: int, busy: float = 0.0, within: float = 1.05) -> NDArray[np.int32]:
         """Of n = 0..most missing experts with a pair each, how many the GPU should read from host
         memory while the CPU computes the others, when its resident ones take `busy` seconds: int32
         [most + 1]. The fewest `within` so many times the best: copies need the link as well."""
-        n = np.arange(most + 1)[:, None]
-        streamed = np.arange(most + 1)[None, :]
-        left = np.maximum(n - streamed, 0)
-        seconds = np.maximum(self.cpu(left, left), busy + self.stream(streamed))
-        seconds = np.where(streamed <= n, seconds, np.inf)
+        seconds = self._shared(most, busy=busy)
         good = seconds <= within * seconds.min(axis=1, keepdims=True)
         return good.argmax(axis=1).astype(np.int32)
 

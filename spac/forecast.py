@@ -120,7 +120,8 @@ def forecast(
     acceptance: chance that a drafted token is kept, 0 for no draft at all. Raises BudgetTooSmall.
     """
     budget = plan_budget(model, total, settings or SpacConfig(), draft)
-    layers, layout = len(find_experts(model)), expert_layout(find_experts(model)[0][1])
+    modules = find_experts(model)
+    layers, layout = len(modules), expert_layout(modules[0][1])
     experts = layout.num_experts
     k, share = router_top_k(model), budget.slots / (layers * experts)
 

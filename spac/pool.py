@@ -124,8 +124,7 @@ class SlotPool:
         in stream order: the kernels launched so far read the old ones, those to come the new."""
         here, slot_of, held = slice(layer, layer + 1), self.slot_of[layer], self.held[layer]
         with self._lock:
-            given = held[old] & ~self.coming[layer, old]
-            if (slot_of[old] < 0).any() or not given.all() or held[new].any():
+            if not self.settled((layer, old)).all() or held[new].any():
                 raise ValueError(f"layer {layer}: no exchange of {old} for {new}")
             slots, self._mail[layer].unseen = slot_of[old], True
             slot_of[old], held[old] = -1, False
@@ -164,6 +163,11 @@ class SlotPool:
             self.kept += len(layers)
             self.slot_of[layers, victims] = -1  # last: who is interrupted begins again
 
+    def settled(self, places: Any) -> Any:
+        """Which of the experts at these indices of [L, E] are residents that may give up their
+        slot: none is leaving, of none a copy is under way."""
+        return self.held[places] & ~self.coming[places] & (self.slot_of[places] >= 0)
+
     def complete(self, layer: int) -> bool:
         """Every expert of the layer is resident for the kernels launched from here."""
         return bool((self.slot_of[layer] >= 0).all())
@@ -188,13 +192,10 @@ class SlotPool:
         """Ask for the expert's slot; it comes back through `take` after its grace period. Nothing
         if the expert has left in the meantime."""
         with self._lock:
-            leaving = self._mail[layer].leaving
-            coming = self.coming[layer, expert]
-            if expert in leaving or coming or self.slot_of[layer, expert] < 0:
-                return
-            self.held[layer, expert] = False
-            self.evictions += 1
-            leaving.append(expert)
+            if self.settled((layer, expert)):
+                self.held[layer, expert] = False
+                self.evictions += 1
+                self._mail[layer].leaving.append(expert)
 
     def replace(
         self, newcomers: Places, victims: Places, copy: Callable[[Any, Any, Any], None]
@@ -208,7 +209,7 @@ class SlotPool:
                 self._mail[layer].unseen = True
             slots = self.slot_of[victims]
             right = (self.slot_of[newcomers] < 0) & ~self.held[newcomers]
-            right &= (slots >= 0) & self.held[victims] & ~self.coming[victims] & self.quiet
+            right &= self.settled(victims) & self.quiet
             new, old = ((layers[right], experts[right]) for layers, experts in (newcomers, victims))
             slots = slots[right]
             self.slot_of[old], self.held[old] = -1, False

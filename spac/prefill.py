@@ -110,8 +110,7 @@ class Prefill:
         """The experts in the area, most pairs first, take the slots of the layer's residents with
         the fewest, as long as they have more."""
         pairs = self._pairs[layer]
-        settled = pool.held[layer] & ~pool.coming[layer] & (pool.slot_of[layer] >= 0)
-        held = np.flatnonzero(settled)
+        held = np.flatnonzero(pool.settled(layer))
         least = held[np.argsort(pairs[held], kind="stable")][: len(experts)]
         places = np.argsort(-pairs[experts], kind="stable")
         places = places[~pool.held[layer, experts[places]]]

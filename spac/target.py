@@ -128,12 +128,9 @@ class StaticTarget:
             layer.cumulative_length = view
         self._places = torch.arange(length, device=device)
         self._windows: dict[int, _Window] = {}
-        self._pool = None
+        self._pool: Any = None
         if device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
-            # torch hands out the same 32 streams of a priority again and again: at this one no copy
-            # thread is given the stream of a capture.
-            self._stream = torch.cuda.Stream(device, priority=-1)
+            self._open_captures()
             self._ended = torch.cuda.Event(blocking=True)
         self.reasons: list[str] = []  # of windows that could not be captured
 
@@ -247,11 +244,17 @@ class StaticTarget:
             if self.engine is not None and before is not None:
                 self.engine.load(before)
 
+    def _open_captures(self) -> None:
+        """Memory and stream for captures that no other has used."""
+        self._pool = torch.cuda.graph_pool_handle()
+        # torch hands out the same 32 streams of a priority again and again: at this one no copy
+        # thread is given the stream of a capture.
+        self._stream = torch.cuda.Stream(self.model.device, priority=-1)
+
     def _forget_capture(self) -> None:
         """torch ends no capture that has failed: another one that holds sets its generator right,
         and memory and stream of the failed one are not used again."""
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(self.model.device, priority=-1)
+        self._open_captures()
         with contextlib.suppress(RuntimeError), _Recorder(self._pool, self._stream):
             self._places.clone()
 

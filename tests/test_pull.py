@@ -152,13 +152,19 @@ def test_the_pool_follows(device):
     assert (pool.loads, pool.evictions, pool.kept) == (5, 2, 2)
 
 
-def test_a_copy_that_comes_second_gives_its_slot_back():
-    layout = ExpertLayout(4, 4, 3, torch.float32)
-    pool = SlotPool([layout], 2, torch.device("cpu"))
+def brought_while_coming():
+    """A pool of two slots, of which expert 3 has two: one for its copy, which is under way, the
+    other since a window streamed it there."""
+    pool = SlotPool([ExpertLayout(4, 4, 3, torch.float32)], 2, torch.device("cpu"))
     pool.load(0, 0, pool.take(0, 0))
     pool.publish()
     slot = pool.take(0, 3)
     pool.exchanged(*np.array([[0, 3, 0]]).T)
+    return pool, slot
+
+
+def test_a_copy_that_comes_second_gives_its_slot_back():
+    pool, slot = brought_while_coming()
     pool.load(0, 3, slot)
     pool.publish()
     assert pool.take(0, 1) == slot and pool.loads - pool.evictions == 1 == pool.doubled
@@ -166,12 +172,7 @@ def test_a_copy_that_comes_second_gives_its_slot_back():
 
 def test_a_copy_outlives_two_exchanges_of_its_expert():
     """While it is under way, windows stream the expert into a slot and give that to another."""
-    layout = ExpertLayout(4, 4, 3, torch.float32)
-    pool = SlotPool([layout], 2, torch.device("cpu"))
-    pool.load(0, 0, pool.take(0, 0))
-    pool.publish()
-    slot = pool.take(0, 3)
-    pool.exchanged(*np.array([[0, 3, 0]]).T)
+    pool, slot = brought_while_coming()
     pool.exchanged(*np.array([[0, 1, 3]]).T)
     assert pool.held[0].tolist() == [False, True, False, True]
     pool.load(0, 3, slot)
