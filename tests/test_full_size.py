@@ -114,7 +114,7 @@ def test_a_wrong_layer_is_noticed(trace, tmp_path, capsys):
     save_trace(tmp_path / "t.npz", trace)
     argv = ["generate", "--shape", "small", "--trace", str(tmp_path / "t.npz"), "--layers", "3"]
     argv += ["--num-draft-tokens", "1", "--prompt-tokens", "40", "--tokens", "4", "--warmup", "2"]
-    with fault("experts", change=lambda rows: rows * 1.1):
+    with fault("layer", change=lambda rows: rows * 1.1):
         assert main([*argv, "--providers", "spac", "accelerate"]) == 1
     assert "more than 0.0078: spac at gamma 1\n" in capsys.readouterr().out
 
