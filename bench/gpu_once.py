@@ -61,7 +61,7 @@ def window(tokens: int = 5, top_k: int = 3) -> None:
     x, i, w = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in rows)
     for n in (len(hidden), tokens):  # by several programs, and by one
         send(hidden[:n], cpu_ids, weights, (x, i, w), done, number, arrived, 0)
-    join(partial, rest, torch.bfloat16, done, failed, number, seen, waited, 0)
+    join(partial, rest, cpu_ids, torch.bfloat16, done, failed, number, seen, waited, 0)
 
 
 def training(tokens: int = 300, top_k: int = 2) -> None:

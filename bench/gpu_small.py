@@ -62,14 +62,16 @@ def small_kernels(report: Any) -> list[str]:
         "combine W=9", lambda: graph_seconds(lambda r: combine.combine(parts[r], torch.bfloat16))
     )
     lines.append(_line("combine W=9", seconds))
-    lines.append(_line("hand-over W=9", report.part("hand-over W=9", hand_over)))
+    for name, busy in (("hand-over W=9", True), ("hand-over W=9, nothing for the CPU", False)):
+        lines.append(_line(name, report.part(name, lambda b=busy: hand_over(b))))
     for dtype in (torch.bfloat16, torch.float32):
         lines += _accept(report, dtype)
     return lines
 
 
-def hand_over(layers: int = 48, tokens: int = 9) -> float:
-    """Seconds a layer of send, worker, wait and combine, when the CPU has nothing to compute."""
+def hand_over(busy: bool, layers: int = 48, tokens: int = 9) -> float:
+    """Seconds a layer of send, worker, wait and sum, without those that the worker computes: of one
+    pair a token, small, or of none."""
     layout = ExpertLayout(8, 2048, 16, torch.bfloat16)
     store = HostStore([layout] * layers, pin=True)
     tables = [(store.allocate(), store.table(layer))[1] for layer in range(layers)]
@@ -77,12 +79,14 @@ def hand_over(layers: int = 48, tokens: int = 9) -> float:
     link = HandOff(tables, tokens, 8, torch.bfloat16, waited)
     hidden = torch.randn(tokens, 2048, device=DEV).bfloat16()
     ids = torch.full((tokens, 8), -1, dtype=torch.int32, device=DEV)
+    if busy:
+        ids[:, 3] = torch.arange(tokens) % 8
     weights, partial = torch.rand(tokens, 8, device=DEV), torch.randn(tokens, 2048, device=DEV)
 
     def window() -> None:
         for layer in range(layers):
             link.send(layer, hidden, ids, weights)
-            link.join(layer, partial, torch.bfloat16)
+            link.join(layer, partial, ids, torch.bfloat16)
 
     times = []
     try:
@@ -99,7 +103,8 @@ def hand_over(layers: int = 48, tokens: int = 9) -> float:
             graph.replay()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / layers)
+            computed = link.times.diff(dim=1).double().mean().item() * 1e-9
+            times.append(begin.elapsed_time(end) * 1e-3 / layers - computed)
         link.check()
     finally:
         link.close()

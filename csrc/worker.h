@@ -2,7 +2,6 @@
 // bell, the layer's rows are computed into pinned memory and its done flag is set. The Python
 // program has no part in it.
 #pragma once
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -19,7 +18,7 @@ inline constexpr int32_t kNow = INT32_MAX;  // a flag that nobody has to wait fo
 
 // Rows of one window, shared by all layers, and the flags and times of each layer.
 struct Mailbox {
-  int32_t *bell, *done;  // [layers]
+  int32_t *bell, *done;  // [layers]; bell: twice the window, and one if it has rows for the CPU
   const void* x;         // [tokens, hidden]
   DType x_dtype;
   const int32_t* ids;    // [tokens, k]
@@ -92,17 +91,21 @@ class Worker {
     ffn.stay_awake(false);
   }
 
-  // Answers the window whose bells ring next, n or a later one if the device gave n up; returns
-  // which.
+  // Answers the window whose bells ring next, n or a later one if the device gave n up or needs no
+  // more of it; returns which.
   uint32_t window(ExpertFfn& ffn, uint32_t n) {
     for (size_t layer = 0; layer < layers_.size();) {
-      await([&] { return bell(layer) >= n || bell(0) > n; });
+      uint32_t rung = 0;
+      await([&] { return (rung = bell(layer)) / 2 >= n || bell(0) / 2 > n; });
       if (closing_) return n;
-      if (const uint32_t rung = bell(0); rung > n) {
-        n = rung;
+      if (const uint32_t first = bell(0); first / 2 > n) {
+        rung = first;
+        n = rung / 2;
         layer = 0;
       }
-      answer(ffn, layer, windows_[n % kWindows]);
+      int64_t* const times = mail_.times + 2 * layer;
+      times[0] = times[1] = 0;
+      if (rung % 2 == 1) answer(ffn, layer, windows_[n % kWindows], times);
       __atomic_store_n(mail_.done + layer, static_cast<int32_t>(n), __ATOMIC_RELEASE);
       ++layer;
     }
@@ -122,16 +125,10 @@ class Worker {
     }
   }
 
-  void answer(ExpertFfn& ffn, size_t layer, const Window& window) {
+  void answer(ExpertFfn& ffn, size_t layer, const Window& window, int64_t* times) {
     if (window.hook && window.hook(static_cast<int64_t>(layer)) != 0)
       throw std::runtime_error("it was told to fail");
     FfnCall call = layers_[layer];
-    int64_t* const times = mail_.times + 2 * layer;
-    times[0] = times[1] = 0;
-    if (std::all_of(mail_.ids, mail_.ids + window.width * mail_.k, [](int32_t e) { return e < 0; })) {
-      std::fill_n(mail_.back, window.width * call.shape.hidden, 0.0f);
-      return;
-    }
     call.x = mail_.x;
     call.x_dtype = mail_.x_dtype;
     call.ids = mail_.ids;

@@ -231,7 +231,7 @@ class Engine:
         partial = ops.expert_ffn_table(hidden, gpu_ids, weights, table)
         if self.pull is not None:
             self.pull.finish()
-        return handoff.join(layer, partial, hidden.dtype)
+        return handoff.join(layer, partial, cpu_ids, hidden.dtype)
 
     def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         start = time.perf_counter()

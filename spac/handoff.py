@@ -1,9 +1,10 @@
 """Hand-over of a layer's window to the CPU and back without the host program: flags and a worker.
 
-The device writes a window's ids, weights and hidden rows to pinned memory, then bell[layer] = n
-(n counts windows from 1). A C++ thread that waits for the bell (csrc/worker.h) computes, writes the
-rows back, then sets done[layer] = n; the device waits for that and adds the rows. The rows of all
-layers share one place: layer l + 1 sends only after it has taken the answer of layer l. On a
+The device writes a window's ids, weights and hidden rows to pinned memory, then bell[layer] =
+2 n + 1 (n counts windows from 1). A C++ thread that waits for the bell (csrc/worker.h) computes,
+writes the rows back, then sets done[layer] = n; the device waits for that and adds the rows. The
+rows of all layers share one place: layer l + 1 sends only after it has taken the answer of layer l.
+If the CPU has nothing to do in a layer, the bell is 2 n and nobody waits for the other. On a
 machine without a GPU the same protocol runs with the device's part in torch (tests).
 """
 
@@ -99,18 +100,23 @@ class HandOff:
             flags = self.bell, self._window, self._arrived
             launch(hidden, ids, weights, host, *flags, layer)
             return
+        some = bool((ids >= 0).any())
         for target, source in zip(host, (hidden, ids, weights), strict=True):
-            target.copy_(source)
-        self.bell[layer] = self._window[0]
+            if some:
+                target.copy_(source)
+        self.bell[layer] = 2 * self._window[0] + int(some)
 
-    def join(self, layer: int, partial: Tensor, dtype: torch.dtype) -> Tensor:
-        """partial [T, H] plus the worker's rows, in `dtype`, once they are there."""
+    def join(self, layer: int, partial: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """partial [T, H] plus the worker's rows, in `dtype`, once they are there. ids: as sent."""
         rest = self._back[: partial.shape[0]]
         if self.device.type == "cuda":
             from spac.kernels.handoff import join as launch
 
             flags = self.done, self.failed, self._window, self._seen, self._waited
-            return launch(partial, rest, dtype, *flags, layer)
+            return launch(partial, rest, ids, dtype, *flags, layer)
+        if not bool((ids >= 0).any()):
+            self._waited[layer] = 0
+            return partial.to(dtype)
         limit = 0.0 if int(self.failed) else self.limit_s
         start = time.perf_counter()
         if not torch.ops.spac.wait_flag(self.done, layer, int(self._window), limit):

@@ -19,9 +19,13 @@ def sync():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens, hidden, top_k", [(1, 5, 2), (9, 1300, 8), (3, 2, 4)])
-def test_send(tokens, hidden, top_k, dtype, device):
+@pytest.mark.parametrize("some", [True, False])
+def test_send(tokens, hidden, top_k, some, dtype, device):
     x = torch.randn(hidden, tokens, device=device).to(dtype).T  # strided
-    ids = torch.randint(-1, 9, (tokens, top_k), dtype=torch.int32, device=device)
+    ids = torch.full((tokens, top_k), -1, dtype=torch.int32, device=device)
+    if some:
+        ids.random_(-1, 9)
+        ids[-1, -1] = 0
     weights = torch.rand(tokens, top_k, device=device)
     rows = (
         host(tokens + 2, hidden, dtype=dtype),
@@ -37,8 +41,9 @@ def test_send(tokens, hidden, top_k, dtype, device):
         send(x, ids, weights, to, bell, window, arrived, 2)
         sync()
     for sent, row in zip((x, ids, weights), rows, strict=True):
-        assert torch.equal(sent.cpu(), row[:tokens]) and (row[tokens:] == -7).all()
-    assert bell.tolist() == [-7, -7, 11, -7] and arrived.item() == 0
+        assert torch.equal(row[:tokens], sent.cpu() if some else torch.full_like(row[:tokens], -7))
+        assert (row[tokens:] == -7).all()
+    assert bell.tolist() == [-7, -7, 22 + some, -7] and arrived.item() == 0
 
 
 def test_the_bell_rings_behind_all_that_was_sent(hopper_ptx):
@@ -69,13 +74,19 @@ def test_join_adds_when_done_and_gives_up_when_not(device, dtype):
     rest.copy_(torch.randn(9, 300))
     wanted = (partial.cpu() + rest).to(dtype)
     done[1] = 5
-    y = join(partial, rest, dtype, *flags, seen, waited, 1).cpu()
-    torch.testing.assert_close(y, wanted, rtol=0.01 * (dtype != torch.float32), atol=0)
+    ids = torch.full((9, 8), -1, dtype=torch.int32, device=device)
+    alone = join(partial, rest, ids, dtype, *flags, seen, waited, 2).cpu()  # nobody is asked
+    close = {"rtol": 0.01 * (dtype != torch.float32), "atol": 0}
+    torch.testing.assert_close(alone, partial.cpu().to(dtype), **close)
+    assert failed.item() == waited[2].item() == 0 and seen.tolist() == [0, 0, 0]
+    ids[4, 7] = 0
+    y = join(partial, rest, ids, dtype, *flags, seen, waited, 1).cpu()
+    torch.testing.assert_close(y, wanted, **close)
     assert failed.item() == 0
-    join(partial, rest, dtype, *flags, seen, waited, 2, longest=50)
+    join(partial, rest, ids, dtype, *flags, seen, waited, 2, longest=50)
     sync()
     assert failed.item() == 1
-    join(partial, rest, dtype, *flags, seen, waited, 0)  # at once: nobody answers any more
+    join(partial, rest, ids, dtype, *flags, seen, waited, 0)  # at once: nobody answers any more
     sync()
     assert failed.item() == 1
     assert waited.tolist()[:2] == [0, 0] and waited[2] >= 1

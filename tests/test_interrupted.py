@@ -203,7 +203,7 @@ def test_worker_and_device_agree_on_the_window():
         pairs = torch.randn(5, 16), torch.randint(0, 4, (5, 2), dtype=torch.int32), torch.rand(5, 2)
         handoff.begin(5)
         handoff.send(0, *pairs)
-        found = handoff.join(0, torch.zeros(5, 16), torch.float32)
+        found = handoff.join(0, torch.zeros(5, 16), pairs[1], torch.float32)
         torch.testing.assert_close(found, ops.expert_ffn_table(*pairs, table), rtol=0, atol=0)
         handoff.check()
     handoff.close()

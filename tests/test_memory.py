@@ -61,7 +61,7 @@ def test_the_worker_keeps_nothing(table):
             handoff.begin(T)
             for layer in range(2):
                 handoff.send(layer, hidden, ids, weights)
-                handoff.join(layer, torch.zeros(T, H), torch.float32)
+                handoff.join(layer, torch.zeros(T, H), ids, torch.float32)
             handoff.check()
         handoff.close()
 

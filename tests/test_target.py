@@ -152,19 +152,23 @@ def handoff(device, limit_s=30.0):
     return HandOff(tables, 6, 3, torch.float32, waited, limit_s), store, tables
 
 
-def window(link, device, width):
-    """Both layers of one window: partial sums and pairs given, and what came back."""
+def window(link, device, width, busy=(0, 1)):
+    """Both layers of one window: partial sums and pairs given, and what came back. busy: the layers
+    of which the CPU has pairs."""
     link.begin(width)
     for layer in range(2):
         x, partial = torch.randn(2, width, 10, device=device)
-        ids = torch.randint(-1, 5, (width, 3), dtype=torch.int32, device=device)
+        ids = torch.full((width, 3), -1, dtype=torch.int32, device=device)
+        if layer in busy:
+            ids.random_(-1, 5)
+            ids[-1, 1] = 2
         weights = torch.rand(width, 3, device=device)
         link.send(layer, x, ids, weights)
-        yield layer, x, ids, weights, partial, link.join(layer, partial, torch.float32)
+        yield layer, x, ids, weights, partial, link.join(layer, partial, ids, torch.float32)
 
 
-def check_window(link, device, tables, width):
-    for layer, x, ids, weights, partial, y in window(link, device, width):
+def check_window(link, device, tables, width, busy=(0, 1)):
+    for layer, x, ids, weights, partial, y in window(link, device, width, busy):
         rest = ops.expert_ffn_table(x.cpu(), ids.cpu(), weights.cpu(), tables[layer])
         torch.testing.assert_close(y.cpu(), partial.cpu() + rest)
     link.check()
@@ -176,6 +180,18 @@ def test_handoff_adds_the_rows_of_the_worker(device):
         for width in (6, 1, 4):
             check_window(link, device, tables, width)
             assert (link.times[:, 1] >= link.times[:, 0]).all()
+    finally:
+        link.close()
+
+
+def test_the_worker_is_not_asked_where_it_has_nothing_to_do(device):
+    link, _store, tables = handoff(device)
+    try:
+        with fault("cpu side") as asked:
+            for busy in ((), (0,), (1,), (), (1,), (0, 1), (0,), (), ()) * 5:
+                before = asked.calls
+                check_window(link, device, tables, int(torch.randint(1, 7, ())), busy)
+                assert asked.calls - before == len(busy)
     finally:
         link.close()
 
