@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from spac.attachment import attach, attachment, detach
+from spac.bench.arguments import fraction, positive
 from spac.bench.generate import _gamma, _load
 from spac.bench.paper_data import SOURCES, load_prompts
 from spac.bench.report import Table
@@ -56,21 +57,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="DIR", help="with NAME.jsonl, .json, .csv or .parquet")
     parser.add_argument("--benchmark", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--samples", type=int, default=10, metavar="N", help="of each benchmark")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer ones are cut")
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS),
+                        metavar="NAME", help="; ".join(CONTENDERS))  # fmt: skip
+    parser.add_argument(
+        "--samples", type=positive, default=10, metavar="N", help="of each benchmark"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument(
+        "--max-prompt-tokens", type=positive, default=1024, help="longer ones are cut"
+    )
     parser.add_argument("--gpu-budget", metavar="SIZE", help="such as 16GiB")
-    parser.add_argument("--cache-ratio", type=float, default=0.17, help="without --gpu-budget")
+    parser.add_argument("--cache-ratio", type=fraction, default=0.17, help="without --gpu-budget")
     parser.add_argument("--num-draft-tokens", default="auto", metavar="N|auto")
     parser.add_argument("--results", metavar="FILE", default="paper.jsonl", help="resumed if there")
 
 
 def run(args: argparse.Namespace) -> Table:
     """One row per benchmark and contender, then the averages over benchmarks."""
-    for name in ("samples", "max_new_tokens", "max_prompt_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
     gamma = _gamma(args.num_draft_tokens)
     results = Results(Path(args.results), _settings(args))
     texts = {name: load_prompts(name, args.samples, args.data) for name in args.benchmark}
