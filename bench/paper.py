@@ -123,22 +123,24 @@ class Results:
         whole = text[: text.rfind("\n") + 1]  # an interrupted line is made again
         first, *rest = whole.splitlines() or [""]
         try:
-            if first and json.loads(first) != settings:
-                raise ValueError("other settings")
+            if first and (made := json.loads(first)) != settings:
+                others = [name for name in settings if made[name] != settings[name]]
+                raise ValueError(f"other {', '.join(others) or 'settings'}")
             for line in map(json.loads, rest):
                 self.lines[line["contender"], line["benchmark"], line["sample"]] = line
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"--results: {path} is not of a run with these settings; name another file"
+                f"--results: {path} is not of a run with these settings ({error}); name another "
+                "file"
             ) from error
-        if not first:
-            whole = json.dumps(settings) + "\n"
+        self._head = "" if first else json.dumps(settings) + "\n"  # a run that fails leaves no file
         if whole != text:
             path.write_text(whole, encoding="utf-8")
 
     def add(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(self._head + json.dumps(line) + "\n")
+        self._head = ""
         self.lines[line["contender"], line["benchmark"], line["sample"]] = line
 
     def of(self, contender: str, benchmark: str) -> list[dict[str, Any]]:
