@@ -14,7 +14,7 @@ from spac.__main__ import main
 from spac.attachment import attachment
 from spac.budget import bytes_for_ratio
 from spac.config import SpacConfig, format_bytes
-from spac.loading import from_pretrained
+from spac.loading import from_pretrained, load_tokenizer
 from spac.status import stats
 from spac.testing import fault
 from spac.trace import load_trace
@@ -107,6 +107,11 @@ def test_a_profile_fills_the_slots(checkpoint, tiny_moe, tmp_path, capsys):
     code, _, err = run(capsys, "generate", "--model", checkpoint, *PROMPT, "--profile", file)
     assert code == 2 and err.count("\n") == 1
     assert "Qwen3MoeForCausalLM has 3 layers x 16 experts, top-4; the model has 3 x 8" in err
+
+
+def test_a_tokenizer_of_no_folder():
+    with pytest.raises(ValueError, match="^/missing/model: no such folder$"):
+        load_tokenizer("/missing/model")
 
 
 def test_from_pretrained_equals_the_saved_model(checkpoint, tiny_moe):
