@@ -149,3 +149,14 @@ def test_a_check_that_does_not_hold_is_exit_code_1(bench_folder, capsys):
     own_bench(bench_folder, "wrong", failed=True)
     assert main(["wrong", "-o", "csv"]) == 1
     assert capsys.readouterr().out == "size,repeats\n3,20\n"
+
+
+def test_figures_of_a_row_are_of_its_own_generations(tmp_path):
+    file = tmp_path / "rows.json"
+    argv = ["generate", "--prompt", "import re\n" * 20, "--max-new-tokens", "12", "--repeats", "1"]
+    argv += ["--policy", "static", "--cache-ratio", "0.25", "--num-draft-tokens", "0", "4"]
+    assert main([*argv, "-o", "json", "--output", str(file)]) == 0
+    plain, *rows = json.loads(file.read_text())["rows"]
+    assert plain["MB/token"] is None and rows[1]["tokens/forward"] > 1
+    # Only the prompt moves anything, the same for both, and both make twelve tokens of it.
+    assert rows[0]["MB/token"] == rows[1]["MB/token"] > 0
