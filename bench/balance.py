@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spac.balance import BalanceProblem, Balancer, Plan, make_plan, solve_dp
+from spac.bench.arguments import fraction, positive
 from spac.bench.replay import after_prompt, find_traces, shape_cost
 from spac.bench.report import Table
 from spac.config import SpacConfig
@@ -26,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m spac.bench balance`."""
     parser.add_argument("--traces", nargs="+", help="compare thresholds on these traces instead")
     parser.add_argument("--profile", default="rtx4090", choices=tuple(MACHINES))
-    parser.add_argument("--cache", type=float, default=0.17)
-    parser.add_argument("--window", type=int, default=9)
-    parser.add_argument("--acceptance", type=float, default=0.7)
+    parser.add_argument("--cache", type=fraction, default=0.17)
+    parser.add_argument("--window", type=positive, default=9)
+    parser.add_argument("--acceptance", type=fraction, default=0.7)
 
 
 def run(args: argparse.Namespace) -> Table:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from spac import _C, reference  # noqa: F401  (_C loads the operators)
 from spac.bench import llama
-from spac.bench.report import Table
+from spac.bench.arguments import positive
+from spac.bench.report import Table, WrongResult
 from spac.layout import ExpertLayout, ExpertTable
 from spac.ops import expert_ffn_table
 from spac.progress import progress
@@ -31,6 +32,7 @@ COLUMNS = ["case", "tokens", "dtype", "provider", "ms", "GB/s", "of read"]
 COLUMNS += ["GFLOP/s", "of peak"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTIZED = {"int8": ("int8", 0), "int4": ("int4", 32), "int4-128": ("int4", 128)}  # form, group
+ISAS = ("portable", "avx2", "avx512", "amx")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 ROTATION = 4  # routings (or sets of experts), so that no weights stay in the caches
 READ_BYTES = 256 << 20
@@ -40,18 +42,19 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, ids, weights -> y
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m spac.bench cpu`."""
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--shape", type=int, nargs=2, default=[2048, 768],
+    parser.add_argument("--experts", type=positive, default=128)
+    parser.add_argument("--shape", type=positive, nargs=2, default=[2048, 768],
                         metavar=("HIDDEN", "INTERMEDIATE"))  # fmt: skip
-    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--top-k", type=positive, default=8)
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=[*DTYPES, *QUANTIZED],
                         help="of the weights; bf16 tokens where they are quantised")  # fmt: skip
-    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32],
+    parser.add_argument("--tokens", nargs="*", type=positive, default=[1, 2, 4, 8, 16, 32],
                         help="random routing")  # fmt: skip
-    parser.add_argument("--per-expert", nargs="*", type=int, default=[4, 8, 16, 32, 64],
+    parser.add_argument("--per-expert", nargs="*", type=positive, default=[4, 8, 16, 32, 64],
                         help="all tokens on the same TOP_K experts")  # fmt: skip
-    parser.add_argument("--isa", nargs="+", default=[], help="default: all but portable")
-    parser.add_argument("--threads", type=int, default=0, help="default: torch.get_num_threads()")
+    parser.add_argument("--isa", nargs="+", default=[], choices=ISAS,
+                        help="default: all that this CPU runs, but portable")  # fmt: skip
+    parser.add_argument("--threads", type=positive, help="default: torch.get_num_threads()")
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: CPU time per thread, for a machine in use")  # fmt: skip
 
@@ -192,14 +195,14 @@ def providers(
             del calls[name]
             continue
         if not relative < 4 * torch.finfo(weights.layout.dtype).eps + 1e-5:
-            raise ValueError(f"{name}: wrong result, relative error {relative:.2g}")
+            raise WrongResult(f"{name}: wrong result, relative error {relative:.2g}")
     return calls
 
 
 def available_isas() -> list[str]:
     """ISAs that this CPU can run, the portable one left out unless it is the only one."""
     found = []
-    for isa in ("avx2", "avx512", "amx"):
+    for isa in ISAS[1:]:
         try:
             torch.ops.spac.set_cpu_isa(isa)
             found.append(isa)
@@ -249,7 +252,12 @@ def run(args: argparse.Namespace) -> Table:
 
 def _run(args: argparse.Namespace, threads: int) -> Table:
     H, inter = args.shape
-    isas = args.isa or available_isas()
+    if args.top_k > args.experts:
+        raise ValueError(f"--top-k: at most --experts, {args.experts}, got {args.top_k}")
+    available = available_isas()
+    if missing := sorted(set(args.isa) - {"portable", *available}):
+        raise ValueError(f"--isa: this CPU cannot run {', '.join(missing)}")
+    isas = args.isa or available
     clock = CLOCKS[args.clock]
     scale = threads if args.clock == "cpu" else 1  # CPU time adds up over threads
     notes: list[str] = []

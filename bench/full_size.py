@@ -20,6 +20,7 @@ from torch import Tensor
 import spac._C  # noqa: F401  (loads the operators)
 from spac import ops
 from spac.attachment import Binding
+from spac.bench.arguments import not_negative, positive
 from spac.bench.balance import THRESHOLDS
 from spac.bench.full_size_check import LIMIT, layer_error
 from spac.bench.full_size_table import COLUMNS, Figures, cells, margins
@@ -70,16 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--shape", choices=SHAPES, help="model of random weights, not --model")
     group.add_argument("--trace", metavar="FILE", help="npz routing trace (spac.trace)")
-    group.add_argument("--layers", type=int, help="default: those of the trace")
+    group.add_argument("--layers", type=positive, help="default: those of the trace")
     group.add_argument(
         "--weights", choices=FORMS, default="float", help="of the experts; float: bf16"
     )
     group.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(DEFAULT))
     group.add_argument("--budget", metavar="SIZE", help="GPU bytes in all, not --cache-ratio")
     group.add_argument("--acceptance", type=float, default=0.7, help="chance of a drafted token")
-    group.add_argument("--tokens", type=int, default=96, help="of the text that is timed")
-    group.add_argument("--warmup", type=int, default=32, help="tokens before them")
-    group.add_argument("--prompt-tokens", type=int, default=512)
+    group.add_argument("--tokens", type=positive, default=96, help="of the text that is timed")
+    group.add_argument("--warmup", type=not_negative, default=32, help="tokens before them")
+    group.add_argument("--prompt-tokens", type=positive, default=512)
     group.add_argument("--shift", type=int, default=1, help="of expert ids when the trace repeats")
     group.add_argument("--link", type=float, metavar="GB/S", help="slow copies down to this")
     group.add_argument(
@@ -335,9 +336,6 @@ def _check(args: argparse.Namespace) -> list[int]:
     texts = args.num_draft_tokens or ["0", "8"]
     if not all(text.isdigit() for text in texts):
         raise ValueError(f"--num-draft-tokens: with --shape numbers only, got {' '.join(texts)}")
-    for name in ("tokens", "prompt_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
     if args.policy not in POLICIES:
         raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {args.policy}")
     return list(dict.fromkeys(map(int, texts)))

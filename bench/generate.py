@@ -10,6 +10,7 @@ import torch
 
 from spac.attachment import attach, detach
 from spac.bench import full_size
+from spac.bench.arguments import fraction, positive
 from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
 from spac.config import POLICIES, SpacConfig
@@ -17,7 +18,7 @@ from spac.demo_model import load_demo
 from spac.loading import load_model, load_tokenizer
 from spac.progress import progress
 from spac.speculative import GenerationResult, generate
-from spac.status import stats
+from spac.status import between, stats
 
 NAME = "generate"
 HELP = "tokens/s of speculative generation: draft lengths x cache ratios, the text checked"
@@ -31,10 +32,11 @@ COLUMNS = ["experts", "draft", "gamma", "tokens/s", "x plain", "accepted", "toke
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="default: the bundled model")
-    parser.add_argument("--draft", metavar="PATH|ngram", help="default: the bundled draft")
-    parser.add_argument("--cache-ratio", type=float, nargs="+", help="default: 0.25 0.5")
+    parser.add_argument("--draft", metavar="PATH|ngram|none",
+                        help="default: the bundled draft, ngram with --model")  # fmt: skip
+    parser.add_argument("--cache-ratio", type=fraction, nargs="+", help="default: 0.25 0.5")
     parser.add_argument("--num-draft-tokens", nargs="+", help="default: 0 4 auto")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--policy", choices=POLICIES, default="spac")
     parser.add_argument("--prompt", default="import re\n\n\ndef parse(text):\n    ")
     full_size.add_arguments(parser)
@@ -47,11 +49,13 @@ def run(args: argparse.Namespace) -> Table:
     """
     if args.shape is not None:
         return full_size.run(args)
+    if args.trace is not None or args.budget is not None:
+        raise ValueError("--trace, --budget: need --shape; --cache-ratio is for real models")
+    gammas = [_gamma(text) for text in args.num_draft_tokens or ["0", "4", "auto"]]
     model, draft, tokenizer = _load(args)
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids
-    gammas = [_gamma(text) for text in args.num_draft_tokens or ["0", "4", "auto"]]
     rows: list[list[Any]] = []
-    plain, expected = _median(args, model, ids, None, 0)
+    plain, expected, _ = _median(args, model, ids, None, 0)
     rows.append(_row("plain model", "none", None, plain, plain, None, "yes"))
     name = "ngram" if draft == "ngram" else "model"
     for ratio in progress(args.cache_ratio or [0.25, 0.5], "generate"):
@@ -59,15 +63,16 @@ def run(args: argparse.Namespace) -> Table:
         config = SpacConfig(policy=args.policy, max_length=ids.shape[1] + args.max_new_tokens + 32)
         attach(model, bytes_for_ratio(model, ratio, config, helper), draft=helper, **asdict(config))
         for gamma in gammas:
-            result, sequences = _median(args, model, ids, draft, gamma)
-            figures = stats(model)
+            before = stats(model)
+            result, sequences, tokens = _median(args, model, ids, draft, gamma)
+            figures = between(before, stats(model)) | {"tokens": tokens}
             same = "yes" if sequences == expected else "no"
-            label = "none" if gamma == 0 else name
+            label = "none" if gamma == 0 or draft is None else name
             rows.append(_row(f"{ratio:.0%} in slots", label, gamma, result, plain, figures, same))
         detach(model)
     notes = [
-        f"{args.max_new_tokens} new tokens, greedy, policy {args.policy}; coverage and bytes are "
-        "since attach, prefill included",
+        f"{args.max_new_tokens} new tokens, greedy, policy {args.policy}; the rows of a share run "
+        "one after the other in one attachment; bytes are of prefill too",
         "plain model: the same weights on one device without spac's tiers and without draft",
     ]
     return Table(list(COLUMNS), rows, "speculative generation", notes)
@@ -80,13 +85,16 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
         model = load_model(args.model, experts_implementation="spac")
         tokenizer, draft = load_tokenizer(args.model), "ngram"
     if args.draft is not None:
-        draft = args.draft if args.draft == "ngram" else load_model(args.draft)
+        draft = {"none": None, "ngram": "ngram"}.get(args.draft, args.draft)
+        if draft not in (None, "ngram"):
+            draft = load_model(args.draft)
     return model, draft, tokenizer
 
 
 def _median(
     args: argparse.Namespace, model: Any, ids: torch.Tensor, draft: Any, gamma: int | str
-) -> tuple[GenerationResult, list[list[int]]]:
+) -> tuple[GenerationResult, list[list[int]], int]:
+    """The median generation, its ids, and the new tokens of all that were run."""
     results: list[GenerationResult] = []
     for _ in range(min(args.repeats, 3)):
         result = generate(
@@ -100,7 +108,7 @@ def _median(
         assert isinstance(result, GenerationResult)
         results.append(result)
     result = sorted(results, key=lambda r: r.tokens_per_second)[len(results) // 2]
-    return result, result.sequences.tolist()
+    return result, result.sequences.tolist(), sum(r.new_tokens for r in results)
 
 
 def _row(
@@ -114,8 +122,7 @@ def _row(
 ) -> list[Any]:
     moved = None
     if figures is not None:
-        tokens = figures["windows"] * max(result.tokens_per_forward, 1)
-        moved = (figures["bytes_copied"] + figures["streamed_bytes"]) / max(tokens, 1) / 1e6
+        moved = figures["bytes_moved"] / figures["tokens"] / 1e6
     return [
         experts,
         draft,
@@ -132,6 +139,6 @@ def _row(
 
 
 def _gamma(text: str) -> int | str:
-    if text != "auto" and not text.isdigit():
+    if text != "auto" and not text.isdecimal():
         raise ValueError(f'--num-draft-tokens: expected numbers or "auto", got {text}')
     return text if text == "auto" else int(text)

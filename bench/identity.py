@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spac.attachment import attach, detach
+from spac.bench.arguments import fraction, not_negative, positive
 from spac.bench.demo_data import held_out_prompts
 from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
@@ -41,13 +42,15 @@ SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_k": 8, "top_p": 0.95}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=20, metavar="N")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--cache-ratio", type=float, nargs="+", default=[0.0, 0.25, 1.0])
-    parser.add_argument("--num-draft-tokens", type=int, nargs="+", default=[0, 1, 4, 8])
-    parser.add_argument("--policy", nargs="+", default=list(POLICIES))
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--draws", type=int, default=400, metavar="N", help="of each chi-square")
+    parser.add_argument("--prompts", type=positive, default=20, metavar="N")
+    parser.add_argument("--max-new-tokens", type=positive, default=64)
+    parser.add_argument("--cache-ratio", type=fraction, nargs="+", default=[0.0, 0.25, 1.0])
+    parser.add_argument("--num-draft-tokens", type=not_negative, nargs="+", default=[0, 1, 4, 8])
+    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--threads", type=positive, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument(
+        "--draws", type=positive, default=400, metavar="N", help="of each chi-square"
+    )
     parser.add_argument("--folder", metavar="DIR", help="with target/ and draft/; default: bundled")
 
 

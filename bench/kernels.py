@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from spac import ops, reference
-from spac.bench.report import Table
+from spac.bench.arguments import positive
+from spac.bench.report import Table, WrongResult
 from spac.layout import ExpertLayout, ExpertTable
 from spac.plotting import pyplot
 from spac.progress import progress
@@ -234,7 +235,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "qwen3-30b-a3b" if torch.cuda.is_available() else "small"
     parser.add_argument("--shape", choices=SHAPES, default=default)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 9, 32, 256, 1024, 4096])
+    parser.add_argument(
+        "--tokens", type=positive, nargs="+", default=[1, 4, 9, 32, 256, 1024, 4096]
+    )
     parser.add_argument("--plot", metavar="FILE", help="roofline picture")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS[:4])
 
@@ -249,7 +252,8 @@ def run(args: argparse.Namespace) -> Table:
     params = make_params(layout, device)
     bandwidth, rate = ceilings(device, layout.dtype)
     notes = [f"{args.shape}, {args.dtype}, {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.3g} TFLOP/s"]
-    notes.append("CUDA graph replay over 8 routings" if device == "cuda" else "CPU: no GPU here")
+    here = "no GPU here: spac beside torch, at most 64 tokens"
+    notes.append("CUDA graph replay over 8 routings" if device == "cuda" else here)
     names = ["spac", "torch"] if device == "cpu" else list(args.providers)
     rows: list[list[Any]] = []
     tokens_list = [t for t in args.tokens if device == "cuda" or t <= 64]
@@ -268,7 +272,7 @@ def run(args: argparse.Namespace) -> Table:
             except (ImportError, AttributeError, RuntimeError, TypeError) as error:
                 notes.append(f"{name} at {tokens}: skipped, {str(error).splitlines()[0]}")
         if not errors.get("spac", 0.0) < {4: 1e-5, 2: 2e-2}[layout.dtype.itemsize]:
-            raise ValueError(f"spac at {tokens} tokens: error {errors['spac']:.1e}, not timed")
+            raise WrongResult(f"spac at {tokens} tokens: error {errors['spac']:.1e}, not timed")
         for name, seconds in times.items():
             peers = [t for other, t in times.items() if other != name]
             rows.append(
@@ -280,7 +284,7 @@ def run(args: argparse.Namespace) -> Table:
                     p.flops() / seconds / 1e12,
                     seconds / floor,
                     min(peers) / seconds if peers else None,
-                    f"{errors[name]:.1e}",
+                    errors[name],
                 ]
             )
     if args.plot:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from spac.attachment import attach, attachment, detach
+from spac.bench.arguments import fraction, positive
 from spac.bench.generate import _gamma, _load
 from spac.bench.paper_data import SOURCES, load_prompts
 from spac.bench.report import Table
@@ -56,21 +57,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="DIR", help="with NAME.jsonl, .json, .csv or .parquet")
     parser.add_argument("--benchmark", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--samples", type=int, default=10, metavar="N", help="of each benchmark")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer ones are cut")
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS),
+                        metavar="NAME", help="; ".join(CONTENDERS))  # fmt: skip
+    parser.add_argument(
+        "--samples", type=positive, default=10, metavar="N", help="of each benchmark"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument(
+        "--max-prompt-tokens", type=positive, default=1024, help="longer ones are cut"
+    )
     parser.add_argument("--gpu-budget", metavar="SIZE", help="such as 16GiB")
-    parser.add_argument("--cache-ratio", type=float, default=0.17, help="without --gpu-budget")
+    parser.add_argument("--cache-ratio", type=fraction, default=0.17, help="without --gpu-budget")
     parser.add_argument("--num-draft-tokens", default="auto", metavar="N|auto")
     parser.add_argument("--results", metavar="FILE", default="paper.jsonl", help="resumed if there")
 
 
 def run(args: argparse.Namespace) -> Table:
     """One row per benchmark and contender, then the averages over benchmarks."""
-    for name in ("samples", "max_new_tokens", "max_prompt_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: must be at least 1")
     gamma = _gamma(args.num_draft_tokens)
     results = Results(Path(args.results), _settings(args))
     texts = {name: load_prompts(name, args.samples, args.data) for name in args.benchmark}
@@ -120,22 +123,24 @@ class Results:
         whole = text[: text.rfind("\n") + 1]  # an interrupted line is made again
         first, *rest = whole.splitlines() or [""]
         try:
-            if first and json.loads(first) != settings:
-                raise ValueError("other settings")
+            if first and (made := json.loads(first)) != settings:
+                others = [name for name in settings if made[name] != settings[name]]
+                raise ValueError(f"other {', '.join(others) or 'settings'}")
             for line in map(json.loads, rest):
                 self.lines[line["contender"], line["benchmark"], line["sample"]] = line
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"--results: {path} is not of a run with these settings; name another file"
+                f"--results: {path} is not of a run with these settings ({error}); name another "
+                "file"
             ) from error
-        if not first:
-            whole = json.dumps(settings) + "\n"
+        self._head = "" if first else json.dumps(settings) + "\n"  # a run that fails leaves no file
         if whole != text:
             path.write_text(whole, encoding="utf-8")
 
     def add(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(self._head + json.dumps(line) + "\n")
+        self._head = ""
         self.lines[line["contender"], line["benchmark"], line["sample"]] = line
 
     def of(self, contender: str, benchmark: str) -> list[dict[str, Any]]:

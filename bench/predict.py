@@ -35,8 +35,11 @@ def run(args: argparse.Namespace) -> Table:
     """One row per draft length of the providers spac and resident."""
     from spac.bench.full_size import RUN
 
-    with open(args.measured) as f:
-        data = json.load(f)
+    try:
+        with open(args.measured) as f:
+            data = json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{args.measured}: not JSON: {error}") from None
     trace = load_trace(args.trace)
     machine = find_machine(args.profile)
     try:
@@ -44,6 +47,8 @@ def run(args: argparse.Namespace) -> Table:
         if note is None:
             raise ValueError(f"no note {RUN!r}")
         said = json.loads(note.removeprefix(RUN))
+        if not said["costs"]["h2d_byte"]:
+            raise ValueError("it ran without a GPU, where there is no link to predict")
         text = Text(**said["text"])
         lines = [m for m in data["rows"] if m["provider"] in ("spac", "resident")]
         made = text.make(trace)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spac.balance import Balancer
+from spac.bench.arguments import fraction, not_negative, positive
 from spac.bench.report import Table
 from spac.cost import CostModel
 from spac.draft_length import DraftLengthController
@@ -41,28 +42,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="h200", help=f"{', '.join(MACHINES)} or a JSON file")
     parser.add_argument("--policy", nargs="+", default=["spac", "activation", "lru", "lfu"],
                         choices=[p for p in POLICIES if p != "oracle"])  # fmt: skip
-    parser.add_argument("--cache", nargs="+", type=float, default=[0.08, 0.17, 0.33],
+    parser.add_argument("--cache", nargs="+", type=fraction, default=[0.08, 0.17, 0.33],
                         help="share of the experts that have a slot")  # fmt: skip
-    parser.add_argument("--window", nargs="+", default=["8"], help="tokens, or auto")
+    parser.add_argument("--window", nargs="+", type=_window, default=["8"], help="tokens, or auto")
     parser.add_argument("--bandwidth", nargs="+", type=float, help="host to GPU, GB/s")
-    parser.add_argument("--acceptance", type=float, default=1.0)
+    parser.add_argument("--acceptance", type=fraction, default=1.0)
     parser.add_argument("--rejected", choices=REJECTED, default="next")
-    parser.add_argument("--rejected-weight", type=float, default=1.0)
+    parser.add_argument("--rejected-weight", type=fraction, default=1.0)
     parser.add_argument("--streaming", action="store_true", help="three-way split")
-    parser.add_argument("--max-copies", type=int, metavar="N",
+    parser.add_argument("--max-copies", type=not_negative, metavar="N",
                         help="copy in rounds of N a window, as the engine does")  # fmt: skip
     parser.add_argument("--keep", action="store_true",
                         help="with --max-copies: what streams stays, the oracle's too")  # fmt: skip
     parser.add_argument("--draft-copies", action="store_true",
                         help="with --keep: copy what the last window used in drafts")  # fmt: skip
-    parser.add_argument("--prompt", type=int, default=0, metavar="TOKENS",
+    parser.add_argument("--prompt", type=not_negative, default=0, metavar="TOKENS",
                         help="at the trace's start, which the policies begin from")  # fmt: skip
     parser.add_argument("--live", action="store_true", help="scores may change within a window")
     parser.add_argument("--balance", action="store_true", help="thresholds by the balancer")
-    parser.add_argument("--warmup", type=float, default=0.25, help="share of the trace not counted")
+    parser.add_argument(
+        "--warmup", type=fraction, default=0.25, help="share of the trace not counted"
+    )
     parser.add_argument("--start", metavar="FILE", help="begin warm: profile or trace of the model")
-    parser.add_argument("--shape", type=int, nargs=2, metavar=("HIDDEN", "INTERMEDIATE"))
+    parser.add_argument("--shape", type=positive, nargs=2, metavar=("HIDDEN", "INTERMEDIATE"))
     parser.add_argument("--plot", metavar="FILE", help="curves and a residency heat map")
+
+
+def _window(text: str) -> str:
+    return text if text == "auto" else str(positive(text))
 
 
 def find_traces(names: list[str]) -> list[tuple[str, Trace]]:
@@ -97,6 +104,10 @@ def run(args: argparse.Namespace) -> Table:
     """One row per combination; the last column compares with the prefetch oracle."""
     if (args.keep and args.max_copies is None) or (args.draft_copies and not args.keep):
         raise ValueError("replay: --keep needs --max-copies, --draft-copies needs --keep")
+    if args.warmup == 1:
+        raise ValueError("--warmup: must be less than 1, or nothing is counted")
+    if args.plot:
+        pyplot()  # or fail before the replays
     draft = find_machine(args.profile).draft_token
     rows: list[list[Any]] = []
     kept: list[tuple[list[Any], Replay]] = []

@@ -15,6 +15,10 @@ from spac.bench.machine import machine_block
 FORMATS = ("md", "csv", "json")
 
 
+class WrongResult(ValueError):
+    """What was to be timed is not equal to the reference: the command exits with 1."""
+
+
 @dataclass
 class Table:
     """Rows of figures; `None` is a figure that was not measured and is shown as a dash."""

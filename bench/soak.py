@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from spac.attachment import attach, attachment, detach
+from spac.bench.arguments import positive
 from spac.bench.demo_data import held_out_prompts
 from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
@@ -41,15 +42,15 @@ COLUMNS += ["GPU, first quarter", "GPU, end", "threads left"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, metavar="N", help="attach so often at most")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="attach so often at most")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> Table:
     """One row of totals."""
-    if args.rounds is not None and args.rounds < 1:
-        raise ValueError(f"--rounds: must be at least 1, got {args.rounds}")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes: must be positive, got {args.minutes:g}")
     rng = random.Random(args.seed)
     before = _threads()
     model, draft, tokenizer = load_demo()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spac.bench.arguments import positive
 from spac.bench.kernels import (
     DTYPES,
     SHAPES,
@@ -21,7 +22,7 @@ from spac.bench.kernels import (
     make_problem,
     relative_error,
 )
-from spac.bench.report import Table
+from spac.bench.report import Table, WrongResult
 from spac.kernels.config import FFNConfig, Tile, device_of, select_config
 from spac.kernels.expert_ffn import choose, expert_ffn
 from spac.layout import ExpertLayout
@@ -75,7 +76,7 @@ DESCRIPTORS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--tokens", type=int, nargs="+",
+    parser.add_argument("--tokens", type=positive, nargs="+",
                         default=[1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096])  # fmt: skip
     parser.add_argument("--seconds", type=float, default=15.0, help="per number of tokens")
 
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> Table:
         best, times = found[0], found[1]
         error = relative_error(_call(best, p, 0), p)
         if not error < 2e-2:
-            raise ValueError(f"{tokens} tokens, {brief(best)}: error {error:.1e}")
+            raise WrongResult(f"{tokens} tokens, {brief(best)}: error {error:.1e}")
         default, least = times[selected], times[best]
         rows.append(
             [tokens, default * 1e6, least * 1e6, default / least, best.path]

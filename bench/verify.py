@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from spac import ops
+from spac.bench.arguments import positive
 from spac.bench.kernels import ROUNDS, cpu_seconds, graph_seconds
-from spac.bench.report import Table
+from spac.bench.report import Table, WrongResult
 from spac.progress import progress
 
 NAME = "verify"
@@ -20,9 +21,9 @@ COLUMNS = ["window", "experts", "top k", "provider", "us", "x torch"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--windows", type=int, nargs="+", default=[1, 9, 16, 64])
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--windows", type=positive, nargs="+", default=[1, 9, 16, 64])
+    parser.add_argument("--experts", type=positive, default=128)
+    parser.add_argument("--top-k", type=positive, default=8)
 
 
 class _State:
@@ -55,6 +56,8 @@ class _State:
 
 def run(args: argparse.Namespace) -> Table:
     """One row per window and provider; raises if the two disagree in any bit."""
+    if args.top_k > args.experts:
+        raise ValueError(f"--top-k: at most --experts, {args.experts}, got {args.top_k}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backends = ["triton", "torch"] if device == "cuda" else ["torch"]
     note = "no GPU here: the torch operators only"
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> Table:
             times[backend] = measure(partial(state.step, backend=backend))
         for ours, truth in zip(outputs[0], outputs[-1], strict=True):
             if not torch.equal(ours, truth):
-                raise ValueError(f"verify at window {window}: not equal to the reference")
+                raise WrongResult(f"verify at window {window}: not equal to the reference")
         for backend, seconds in times.items():
             ratio = times["torch"] / seconds if backend == "triton" else None
             name = "spac" if backend == "triton" else "torch, eager"

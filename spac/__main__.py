@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spac import plan
+from spac.outputs import check_output, one_line, pipe_closed
 
 DEMO_PROMPT = '''"""Find files and copy them."""
 
@@ -32,15 +32,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; bad input is one line on stderr and exit code 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        args = _parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()  # or a closed pipe would show only at exit
+        return code
+    except BrokenPipeError:
+        return pipe_closed()
     except (ValueError, OSError, MemoryError) as error:
-        print(f"spac: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"spac: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        text = str(error).splitlines()[0]
+        text = one_line(error)
         if type(error).__name__ != "OutOfMemoryError" and not text.startswith("spac: "):
             raise  # a defect: its traceback is wanted
         print(f"spac: {text.removeprefix('spac: ')}", file=sys.stderr)
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from spac import plan  # loads torch: Ctrl-C meanwhile is one line too
+
     parser = _Parser(prog="python -m spac", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate = commands.add_parser(
@@ -76,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    from spac.config import POLICIES
+
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="PATH", help="checkpoint folder or hub name")
     model.add_argument("--demo", action="store_true", help="the bundled model and its draft")
@@ -103,7 +110,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=1, help="sampled text depends on it alone")
-    parser.add_argument("--policy", default="spac", help="what decides residency (spac.config)")
+    parser.add_argument("--policy", default="spac", help=f"of residency: {', '.join(POLICIES)}")
     parser.add_argument(
         "--profile",
         metavar="FILE",
@@ -125,14 +132,24 @@ class _Session:
         from spac.loading import load_model, load_tokenizer
 
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        SpacConfig(policy=args.policy)  # a bad value is refused before anything is loaded
+        if args.demo or not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
+        path = TARGET if args.demo else args.model
         gamma = args.num_draft_tokens
-        if gamma != "auto" and not gamma.isdigit():
+        if gamma != "auto" and not gamma.isdecimal():
             raise ValueError(f'--num-draft-tokens: expected a number >= 0 or "auto", got {gamma}')
         self.gamma: int | str = gamma if gamma == "auto" else int(gamma)
-        path = TARGET if args.demo else args.model
+        temperature, top_p = (0.8, 0.95) if args.demo else (1.0, 1.0)
+        self.options = {
+            "max_new_tokens": args.max_new_tokens,
+            "do_sample": args.demo if args.sample is None else args.sample,
+            "temperature": temperature if args.temperature is None else args.temperature,
+            "top_k": args.top_k,
+            "top_p": top_p if args.top_p is None else args.top_p,
+            "seed": args.seed,
+        }
         text = _prompt(args)
+        _check_before_loading(args, self.gamma, self.options)
         dtype = args.dtype or ("float32" if args.demo else "auto")
         self.model = load_model(path, _torch_dtype(dtype), experts_implementation="spac")
         self.tokenizer = load_tokenizer(path)
@@ -147,19 +164,11 @@ class _Session:
             policy=args.policy, max_length=self.input_ids.shape[1] + args.max_new_tokens + 32
         )
         budget = args.gpu_budget
-        ratio = args.cache_ratio or (0.25 if args.demo and budget is None else None)
+        ratio = 0.25 if args.demo and budget is None else None
+        ratio = ratio if args.cache_ratio is None else args.cache_ratio
         if ratio is not None:
             budget = bytes_for_ratio(self.model, ratio, settings, helper)
         attach(self.model, budget, draft=helper, profile=args.profile, **asdict(settings))
-        temperature, top_p = (0.8, 0.95) if args.demo else (1.0, 1.0)
-        self.options = {
-            "max_new_tokens": args.max_new_tokens,
-            "do_sample": args.demo if args.sample is None else args.sample,
-            "temperature": temperature if args.temperature is None else args.temperature,
-            "top_k": args.top_k,
-            "top_p": top_p if args.top_p is None else args.top_p,
-            "seed": args.seed,
-        }
 
     def warm_up(self) -> None:
         """First calls load libraries and size buffers; no figure should hold that."""
@@ -186,18 +195,23 @@ class _Session:
 def _generate(args: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
-    from spac.status import stats
+    from spac.status import between, stats
     from spac.summary import print_summary
 
+    check_output("--json", args.json)
     session = _Session(args)
     session.warm_up()
+    before = stats(session.model)
     result = session.generate(TextStreamer(session.tokenizer, skip_special_tokens=True))
     figures = {"with": stats(session.model)}
+    timed = between(before, figures["with"]) if before["offloaded"] else None
+    if timed is not None:
+        figures["timed"] = timed
     plain = None
     if args.compare and session.draft is not None:
         plain = session.generate(draft=False)
         figures["without"] = stats(session.model)["generation"]
-    print_summary(figures["with"], result, plain)
+    print_summary(figures["with"], timed, result, plain)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     return 0
@@ -207,6 +221,7 @@ def _trace(args: argparse.Namespace) -> int:
     from spac.record import Recorder
     from spac.trace import save_trace
 
+    check_output("--output", args.output)
     session = _Session(args)
     with Recorder(session.model) as recorder:
         session.generate()
@@ -215,6 +230,27 @@ def _trace(args: argparse.Namespace) -> int:
     tokens, layers, k = trace.shape
     print(f"{args.output}: {tokens} tokens, {layers} layers, top-{k} of {trace.num_experts}")
     return 0
+
+
+def _check_before_loading(
+    args: argparse.Namespace, gamma: int | str, options: dict[str, Any]
+) -> None:
+    """Refuse what would otherwise fail only when a large model has been loaded."""
+    from spac.config import SpacConfig, parse_bytes
+    from spac.loading import check_checkpoint
+    from spac.speculative import check_options
+
+    SpacConfig(policy=args.policy)
+    check_options(gamma, *(v for k, v in options.items() if k not in ("do_sample", "seed")))
+    if args.gpu_budget is not None:
+        parse_bytes(args.gpu_budget)
+    if args.cache_ratio is not None and not 0 <= args.cache_ratio <= 1:
+        raise ValueError(f"--cache-ratio: expected 0 to 1, got {args.cache_ratio}")
+    for path in (args.model, args.draft):
+        if path not in (None, "none", "ngram"):
+            check_checkpoint(path)
+    if args.profile is not None:
+        open(args.profile, "rb").close()
 
 
 def _prompt(args: argparse.Namespace) -> str:

@@ -71,6 +71,8 @@ def config_model(path: str) -> Any:
 
     if (Path(path).is_absolute() or path.startswith(".")) and not Path(path).exists():
         raise ValueError(f"{path}: no such folder")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json; a transformers checkpoint folder is needed")
     try:
         config = AutoConfig.from_pretrained(path)
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.bfloat16

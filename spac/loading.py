@@ -63,6 +63,7 @@ def load_model(
 
 def load_tokenizer(path: str | Path) -> Any:
     """transformers' AutoTokenizer; one line of ValueError if there is none, or a broken one."""
+    is_local(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -74,13 +75,20 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def is_local(path: str | Path) -> bool:
+    """Whether `path` is here; if not, it is a hub name. ValueError for what cannot be one."""
+    if Path(path).exists():
+        return True
+    if Path(path).is_absolute() or str(path).startswith("."):
+        raise ValueError(f"{path}: no such folder")
+    return False
+
+
 def check_checkpoint(path: str | Path) -> None:
     """Open every safetensors file of a local checkpoint folder; one line of ValueError if bad."""
     folder = Path(path)
-    if not folder.exists():
-        if folder.is_absolute() or str(path).startswith("."):
-            raise ValueError(f"{path}: no such folder")
-        return  # a hub name
+    if not is_local(path):
+        return
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path}: no config.json; a transformers checkpoint folder is needed")
     files = sorted(folder.glob("*.safetensors"))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from spac.config import SpacConfig, format_bytes, parse_bytes
+from spac.outputs import check_output
+from spac.plotting import pyplot
 
 COLUMNS = ["GPU budget", "slots", "experts on GPU", "coverage", "tokens/s", "gamma"]
 COLUMNS += [
@@ -38,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="for the TTFT")
     parser.add_argument("--max-length", type=int, default=SpacConfig.max_length, metavar="N")
-    parser.add_argument("--plot", metavar="FILE", help="curves of tokens/s and TTFT")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="curves of tokens/s and TTFT; needs matplotlib"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--acceptance: expected 0 to 1, got {acceptance}")
     if args.prompt_tokens < 1:
         raise ValueError(f"--prompt-tokens: must be at least 1, got {args.prompt_tokens}")
+    check_output("--plot", args.plot)
+    if args.plot:
+        pyplot()  # or fail before the machine is timed
     if args.draft == "none" and args.acceptance:
         raise ValueError("--acceptance: needs a --draft")
     machine = None if args.profile is None else find_machine(args.profile)
@@ -80,13 +88,16 @@ def run(args: argparse.Namespace) -> int:
         s = f.best
         table.add_row(
             format_bytes(f.budget.total), str(f.budget.slots), f"{f.share:.0%}",
-            f"{f.coverage:.0%}", f"{s.tokens_per_second:.3g}", str(s.gamma),
-            f"{f.without.tokens_per_second:.3g}", f"{f.ttft:.2g}", f"{s.seconds * 1e3:.3g}",
-            *(f"{part * 1e3:.3g} ms" for part in (s.draft, s.dense, s.handoff, s.gpu, s.missing)),
+            f"{f.coverage:.0%}", _figure(s.tokens_per_second), str(s.gamma),
+            _figure(f.without.tokens_per_second), f"{f.ttft:.2g}", _figure(s.seconds * 1e3),
+            *(f"{_figure(1e3 * t)} ms" for t in (s.draft, s.dense, s.handoff, s.gpu, s.missing)),
         )  # fmt: skip
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     source = "timed just now, dense part derived" if machine is None else machine.source
+    if machine is None and not torch.cuda.is_available():
+        source += "; there is no GPU here, so the CPU's kernels stand for it as well: --profile"
+        source += " predicts for a machine with one"
     console.print(f"Costs: {source}.", highlight=False)
     console.print(
         f"Assumed: draft acceptance {acceptance:g}, routing reuse of the development traces; "
@@ -98,9 +109,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plot(path: str, found: list[Any]) -> None:
-    from spac.plotting import pyplot
+def _figure(value: float) -> str:
+    """Three significant digits, all digits of what is larger."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
+
+def _plot(path: str, found: list[Any]) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     budgets = [f.budget.total / 2**30 for f in found]

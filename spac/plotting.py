@@ -10,7 +10,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot: needs matplotlib (pip install spac[plot])") from None
+        raise ValueError("--plot: needs matplotlib (pip install matplotlib)") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -101,7 +101,9 @@ def generate(
     an attached model. Raises ValueError for a bad argument or a draft with another vocabulary,
     RuntimeError if the model is generating already.
     """
-    _check_arguments(input_ids, num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected [1, n] with n >= 1, got {list(input_ids.shape)}")
+    check_options(num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
     device = model.device
     warp: Warp | None = make_warp(temperature, top_k, top_p) if do_sample else None
     generator = None  # with one, acceptance is by the standard rule, else by the best score
@@ -300,16 +302,14 @@ def _eos_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> se
     return set(eos_token_id) if isinstance(eos_token_id, Iterable) else {eos_token_id}
 
 
-def _check_arguments(
-    input_ids: Tensor,
+def check_options(
     num_draft_tokens: int | str,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
 ) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected [1, n] with n >= 1, got {list(input_ids.shape)}")
+    """ValueError for what `generate` cannot take, which needs no model to say so."""
     if num_draft_tokens != "auto" and (
         not isinstance(num_draft_tokens, int) or not 0 <= num_draft_tokens <= 64
     ):
@@ -318,5 +318,7 @@ def _check_arguments(
         raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
     if not temperature > 0:
         raise ValueError(f"temperature: must be positive, got {temperature}")
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"top_k, top_p: expected >= 0 and in (0, 1], got {top_k} and {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k: must not be negative, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")

@@ -35,6 +35,20 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     return out
 
 
+def between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What one attachment with an engine did from one `stats` to another: `coverage`, `loads` and
+    `bytes_moved`, copied into slots or read over the link."""
+    change = {
+        name: after[name] - before[name]
+        for name in ("pairs", "resident_pairs", "loads", "bytes_copied", "streamed_bytes")
+    }
+    return {
+        "coverage": _share(change["resident_pairs"], change["pairs"]),
+        "loads": change["loads"],
+        "bytes_moved": change["bytes_copied"] + change["streamed_bytes"],
+    }
+
+
 def prometheus(model: PreTrainedModel) -> str:
     """`stats` as Prometheus text: one gauge per number, lists by layer."""
     lines: list[str] = []

@@ -13,19 +13,27 @@ from spac.speculative import GenerationResult
 
 
 def print_summary(
-    stats: dict[str, Any], result: GenerationResult, plain: GenerationResult | None
+    stats: dict[str, Any],
+    timed: dict[str, Any] | None,
+    result: GenerationResult,
+    plain: GenerationResult | None,
 ) -> None:
-    """Print the figures of `result` and `spac.stats` after it, beside a run without draft."""
+    """Print the figures of `result`, what was done in it (`spac.status.between`; None: nothing is
+    offloaded) and `spac.stats` after it, beside a run without draft."""
     table = Table(title="spac", show_header=False, title_justify="left")
-    for name, value in _rows(stats, result, plain):
+    for name, value in _rows(stats, timed, result, plain):
         table.add_row(name, value)
     Console().print(table)
 
 
 def _rows(
-    stats: dict[str, Any], result: GenerationResult, plain: GenerationResult | None
+    stats: dict[str, Any],
+    timed: dict[str, Any] | None,
+    result: GenerationResult,
+    plain: GenerationResult | None,
 ) -> list[tuple[str, str]]:
-    rows = [("tokens/s, with speculation", f"{result.tokens_per_second:.1f}")]
+    drafted = result.drafted or plain is not None
+    rows = [(f"tokens/s{', with speculation' * bool(drafted)}", f"{result.tokens_per_second:.1f}")]
     if plain is not None:
         speed, base = result.tokens_per_second, plain.tokens_per_second
         ratio = f" (ratio {speed / base:.2f})" if base else ""
@@ -40,15 +48,15 @@ def _rows(
     ]
     if result.capture_seconds:
         rows.append(("CUDA graphs", f"captured in {result.capture_seconds:.2g} s, not counted"))
-    if not stats["offloaded"]:
+    if timed is None:
         return rows + [("experts", "all on the CPU, no GPU budget")]
     budget, balancer = stats["budget"], stats["balancer"]
-    moved = (stats["bytes_copied"] + stats["streamed_bytes"]) / max(result.new_tokens, 1)
+    moved = timed["bytes_moved"] / max(result.new_tokens, 1)
     experts = sum(1 for _ in stats["coverage_by_layer"])
     rows += [
         ("GPU budget", f"{format_bytes(budget['total'])}, {budget['slots']} expert slots"),
-        ("coverage", f"{stats['coverage']:.0%} of pairs ran on resident experts"),
-        ("moved per token", f"{format_bytes(moved)} ({stats['loads']} loads in {experts} layers)"),
+        ("coverage", f"{timed['coverage']:.0%} of pairs ran on resident experts"),
+        ("moved per token", f"{format_bytes(moved)} ({timed['loads']} loads in {experts} layers)"),
         ("balancer", f"{balancer['solved']} plans, {balancer['failed'] + balancer['late']} failed"),
         ("thresholds by layer", " ".join(map(str, balancer["tau"]))),
         ("slot quotas by layer", " ".join(f"{q:.0f}" for q in balancer["slots"])),

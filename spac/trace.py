@@ -141,6 +141,9 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     """
     try:
         with open(path, "rb") as f:
+            if not zipfile.is_zipfile(f):  # numpy would advise to unpickle it
+                raise ValueError("needed an npz archive")
+            f.seek(0)
             archive = np.load(f, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise ValueError("needed an npz archive, got a single array")

@@ -63,10 +63,25 @@ def test_list(capsys):
     [
         (["nothing"], "no benchmark 'nothing'; there are "),
         (["generate", "--repeats", "0"], "--repeats: must be at least 1, got 0"),
-        (["generate", "--repeats", "x"], "invalid int value: 'x'"),
+        (["generate", "--repeats", "x"], "--repeats: expected a whole number, got 'x'"),
         (["generate", "-o", "pdf"], "invalid choice: 'pdf'"),
         (["generate", "--output", "nowhere/figures.md"], "--output: cannot write nowhere"),
         (["generate", "--nothing"], "unrecognized arguments: --nothing"),
+        (["generate", "--trace", "t.npz"], "--trace, --budget: need --shape"),
+        (["generate", "--num-draft-tokens", "x"], '--num-draft-tokens: expected numbers or "auto"'),
+        (["generate", "--shape", "small", "--layers", "0"], "--layers: must be at least 1, got 0"),
+        (["generate", "--shape", "small", "--tokens", "0"], "--tokens: must be at least 1, got 0"),
+        (["verify", "--windows", "-1"], "--windows: must be at least 1, got -1"),
+        (["verify", "--top-k", "200"], "--top-k: at most --experts, 128, got 200"),
+        (["cpu", "--tokens", "0"], "--tokens: must be at least 1, got 0"),
+        (["cpu", "--top-k", "200"], "--top-k: at most --experts, 128, got 200"),
+        (["cpu", "--isa", "foo"], "--isa: invalid choice: 'foo'"),
+        (["kernels", "--plot", "nowhere/p.png"], "--plot: cannot write nowhere/p.png: no folder"),
+        (["replay", "x", "--warmup", "1"], "--warmup: must be less than 1"),
+        (["replay", "x", "--cache", "2"], "--cache: expected 0 to 1, got 2"),
+        (["replay", "x", "--window", "y"], "--window: expected a whole number, got 'y'"),
+        (["predict", __file__, "--trace", "x"], "test_bench.py: not JSON: "),
+        (["paper", "--results", "nowhere/p.jsonl"], "--results: cannot write nowhere/p.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -121,7 +136,27 @@ def test_a_benchmark_is_found_by_its_name_and_run(bench_folder, capsys):
     assert error.startswith("spac.bench: lacking: not available here") and error.count("\n") == 1
 
 
+def test_a_wrong_result_is_exit_code_1_and_one_line(bench_folder, capsys):
+    own_bench(bench_folder, "false", start="from spac.bench.report import WrongResult")
+    file = bench_folder / "own_false.py"
+    wrong = "raise WrongResult('spac: not equal')\n    return Table"
+    file.write_text(file.read_text().replace("return Table", wrong))
+    assert main(["false"]) == 1
+    assert capsys.readouterr().err == "spac.bench: spac: not equal\n"
+
+
 def test_a_check_that_does_not_hold_is_exit_code_1(bench_folder, capsys):
     own_bench(bench_folder, "wrong", failed=True)
     assert main(["wrong", "-o", "csv"]) == 1
     assert capsys.readouterr().out == "size,repeats\n3,20\n"
+
+
+def test_figures_of_a_row_are_of_its_own_generations(tmp_path):
+    file = tmp_path / "rows.json"
+    argv = ["generate", "--prompt", "import re\n" * 20, "--max-new-tokens", "12", "--repeats", "1"]
+    argv += ["--policy", "static", "--cache-ratio", "0.25", "--num-draft-tokens", "0", "4"]
+    assert main([*argv, "-o", "json", "--output", str(file)]) == 0
+    plain, *rows = json.loads(file.read_text())["rows"]
+    assert plain["MB/token"] is None and rows[1]["tokens/forward"] > 1
+    # Only the prompt moves anything, the same for both, and both make twelve tokens of it.
+    assert rows[0]["MB/token"] == rows[1]["MB/token"] > 0

@@ -1,6 +1,9 @@
 """`python -m spac`, as a user types it, on a small saved model."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from spac.__main__ import main
 from spac.attachment import attachment
 from spac.budget import bytes_for_ratio
-from spac.config import SpacConfig
-from spac.loading import from_pretrained
+from spac.config import SpacConfig, format_bytes
+from spac.loading import from_pretrained, load_tokenizer
 from spac.status import stats
 from spac.testing import fault
 from spac.trace import load_trace
@@ -55,11 +58,23 @@ def test_generate(checkpoint, tmp_path, capsys):
     data = json.loads(figures.read_text())
     assert data["with"]["generation"]["new_tokens"] == 12
     assert data["without"]["drafted"] == 0
+    timed = data["timed"]
+    assert f"{timed['coverage']:.0%} of pairs" in out and f"({timed['loads']} loads in" in out
+    assert format_bytes(timed["bytes_moved"] / 12) in out
+    warm = data["with"]["loads"] - timed["loads"]
+    assert warm >= data["with"]["budget"]["slots"]  # the first fill and the warm-up are not its own
 
 
 def test_generate_without_a_budget(checkpoint, capsys):
     code, out, _ = run(capsys, "generate", "--model", checkpoint, *PROMPT, *SHORT)
-    assert code == 0 and "tokens/s" in out
+    assert code == 0 and "tokens/s" in out and "with speculation" not in out
+
+
+def test_no_share_of_the_experts_is_not_no_budget(checkpoint, capsys):
+    code, out, _ = run(
+        capsys, "generate", "--model", checkpoint, *PROMPT, *SHORT, "--cache-ratio", 0
+    )
+    assert code == 0 and ", 1 expert slots" in out
 
 
 def test_trace(checkpoint, tmp_path, capsys):
@@ -92,6 +107,11 @@ def test_a_profile_fills_the_slots(checkpoint, tiny_moe, tmp_path, capsys):
     code, _, err = run(capsys, "generate", "--model", checkpoint, *PROMPT, "--profile", file)
     assert code == 2 and err.count("\n") == 1
     assert "Qwen3MoeForCausalLM has 3 layers x 16 experts, top-4; the model has 3 x 8" in err
+
+
+def test_a_tokenizer_of_no_folder():
+    with pytest.raises(ValueError, match="^/missing/model: no such folder$"):
+        load_tokenizer("/missing/model")
 
 
 def test_from_pretrained_equals_the_saved_model(checkpoint, tiny_moe):
@@ -136,17 +156,59 @@ def test_damaged_checkpoints(checkpoint, capsys, damage, message):
     "options, message",
     [
         (["--gpu-budget", "10KB"], "gpu_budget: 9.8 KiB given, "),
-        (["--gpu-budget", "much"], "size: expected bytes or text"),
         (["--num-draft-tokens", "-1"], "--num-draft-tokens: expected a number >= 0"),
         (["--policy", "magic"], "policy: expected one of"),
-        (["--draft", "./missing"], "./missing: no such folder"),
-        (["--max-new-tokens", "0"], "max_new_tokens: must be at least 1"),
-        (["--cache-ratio", "1.5"], "cache ratio: expected 0 to 1"),
     ],
 )
 def test_bad_options_are_one_line(checkpoint, capsys, options, message):
     code, _, err = run(capsys, "generate", "--model", checkpoint, *PROMPT, *options)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gpu-budget", "much"], "size: expected bytes or text"),
+        (["--cache-ratio", "1.5"], "cache-ratio: expected 0 to 1, got 1.5"),
+        (["--num-draft-tokens", "65"], 'num_draft_tokens: expected 0..64 or "auto", got 65'),
+        (["--num-draft-tokens", "²"], "--num-draft-tokens: expected a number >= 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens: must be at least 1, got 0"),
+        (["--temperature", "0"], "temperature: must be positive, got 0.0"),
+        (["--top-k", "-1"], "top_k: must not be negative, got -1"),
+        (["--top-p", "2"], "top_p: expected more than 0 and at most 1, got 2.0"),
+        (["--draft", "./missing"], "./missing: no such folder"),
+        (["--profile", "missing.npz"], "missing.npz: No such file or directory"),
+        (["--prompt-file", "missing.txt"], "missing.txt: No such file or directory"),
+        (["--json", "missing/f.json"], "--json: cannot write missing/f.json: no folder missing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(
+    checkpoint, capsys, monkeypatch, options, message
+):
+    monkeypatch.setattr("spac.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    prompt = [] if "--prompt-file" in options else PROMPT
+    code, _, err = run(capsys, "generate", "--model", checkpoint, *prompt, *options)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_a_trace_that_cannot_be_written_is_refused_first(checkpoint, tmp_path, capsys):
+    code, _, err = run(
+        capsys, "trace", "--model", "./missing", *PROMPT, "--output", tmp_path
+    )  # fmt: skip
+    assert code == 2 and err == f"spac: --output: cannot write {tmp_path}: it is a folder\n"
+
+
+def test_a_closed_pipe_is_no_error_and_ctrl_c_is_one_line_from_the_start():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "spac.bench", "verify", "--windows", "1"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "verify ...\n")
+    late = "import sys, spac.__main__, spac.bench.__main__; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True)
+    assert ended.stdout == "False\n", "what takes seconds to import belongs inside main()"
 
 
 def test_a_draft_with_another_vocabulary(checkpoint, tiny_moe, tmp_path, capsys):

@@ -89,6 +89,7 @@ def test_by_name_through_datasets(monkeypatch, tmp_path, capsys):
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert main(["paper", "--results", str(tmp_path / "r.jsonl")]) == 2
+    assert not (tmp_path / "r.jsonl").exists()
     error = capsys.readouterr().err
     assert "mmlu-pro: the package datasets is needed" in error and error.count("\n") == 1
 
@@ -136,4 +137,7 @@ def test_run_resume_and_other_settings(tiny_moe, data, tmp_path, monkeypatch, ca
     assert json.loads(out.read_text())["rows"] == rows
     capsys.readouterr()
     assert main([*argv, "--samples", "2"]) == 2
-    assert "is not of a run with these settings" in capsys.readouterr().err
+    assert (
+        "is not of a run with these settings (other samples); name another file"
+        in capsys.readouterr().err
+    )

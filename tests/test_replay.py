@@ -292,6 +292,11 @@ def test_bench_predict(tmp_path):
     more = dict(zip(table.columns, bench("predict", *words).rows[0], strict=True))
     for name in ("coverage", "copies/step", "GB/token"):
         assert more[name] > found[0][name]
+    said["costs"] |= {"h2d_byte": 0.0}  # as measured without a GPU
+    alone = [full_size.RUN + json.dumps(said)]
+    (tmp_path / "m.json").write_text(json.dumps({"rows": rows, "notes": alone}))
+    with pytest.raises(ValueError, match="m.json: .* it ran without a GPU"):
+        bench("predict", *words)
     for text in ("{}", json.dumps({"rows": rows, "notes": notes[:1]})):
         (tmp_path / "m.json").write_text(text)
         with pytest.raises(ValueError, match="m.json: no result of bench generate --shape"):

@@ -201,7 +201,7 @@ def test_ngram_draft_prefers_the_longest_and_latest():
         ({"num_draft_tokens": "many"}, "num_draft_tokens: expected 0..64"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1"),
         ({"temperature": 0.0, "do_sample": True}, "temperature: must be positive"),
-        ({"top_p": 1.5, "do_sample": True}, "top_k, top_p"),
+        ({"top_p": 1.5, "do_sample": True}, "top_p: expected"),
         ({"draft": "lookup"}, 'draft: expected a causal LM, "ngram" or None'),
     ],
 )
