@@ -19,7 +19,7 @@ from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft
 from spac.draft_length import DraftLengthController
 from spac.experts import find_experts
 from spac.sampling import Seeded, Warp, make_warp
-from spac.target import EagerTarget, NotCapturable, StaticTarget, Target, log
+from spac.target import EagerTarget, NotCapturable, StaticTarget, Target, keeps_state, log
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -277,6 +277,12 @@ def _drafter(
 ) -> Draft:
     if draft is None:
         return NoDraft()
+    for each in (model, draft):
+        if isinstance(each, nn.Module) and keeps_state(each):
+            raise ValueError(
+                f"draft: {type(each).__name__} has recurrent layers, which cannot forget rejected "
+                "tokens; use draft=None"
+            )
     if draft == "ngram":
         return NgramDraft()
     if not isinstance(draft, nn.Module):
