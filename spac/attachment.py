@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 import spac.hf  # noqa: F401  (registers the backend)
@@ -144,6 +145,10 @@ def attach(
     total = None if gpu_budget is None else parse_bytes(gpu_budget)
     if target.type == "cpu" and total is None:
         total = bytes_for_ratio(model, 0.0, config, draft)  # slots would be copies
+    if any(is_parametrized(module) for _, module in experts):
+        raise UnsupportedLayout(
+            f"{type(model).__name__}: its experts have parametrized weights; make them plain first"
+        )
     parameters = [expert_parameters(module) for _, module in experts]
     expert_ids = {id(p) for layer in parameters for p in layer.values()}
     budget = plan_budget(model, total, config, draft)

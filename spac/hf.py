@@ -25,6 +25,11 @@ def experts_forward(
     """
     binding = self.__dict__.get("_spac_binding")
     if binding is not None:
+        if "parametrizations" in self._modules:  # peft wraps weights so for as long as a forward
+            raise RuntimeError(
+                "spac: an attached model does not apply adapters to the weights of its experts; "
+                "merge them before spac.attach"
+            )
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             raise RuntimeError(
                 "spac: an attached model has no gradients; use torch.no_grad(), or train after "

@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 from transformers import Qwen3MoeForCausalLM
 
 import spac
 from spac.budget import bytes_for_ratio
 from spac.config import SpacConfig
-from spac.experts import find_experts
+from spac.experts import UnsupportedLayout, find_experts
 
 LENGTH = {"max_length": 128}
 IDS = torch.tensor([[5, 17, 80, 3, 41]])
@@ -112,6 +113,26 @@ def test_detach_after_the_model_was_changed(tiny_moe):
     assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
     model(IDS).logits.sum().backward()
     assert projection.weight.grad is not None
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_adapters_on_expert_weights_are_not_passed_over(tiny_moe):
+    model = tiny_moe()
+    _, experts = find_experts(model)[1]
+    attach(model)
+    # As peft does around each forward, for adapters with target_parameters.
+    parametrize.register_parametrization(experts, "down_proj", Doubled())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not apply adapters"):
+        model(IDS.to(model.device))
+    parametrize.remove_parametrizations(experts, "down_proj", leave_parametrized=False)
+    spac.detach(model)
+    parametrize.register_parametrization(experts, "down_proj", Doubled())
+    with pytest.raises(UnsupportedLayout, match="Qwen3MoeForCausalLM: .*parametrized"):
+        attach(model)
 
 
 def test_torch_compile_leaves_the_experts_out(tiny_moe):
