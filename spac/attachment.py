@@ -303,6 +303,8 @@ def _move_dense(
 
 
 def _check_devices(model: PreTrainedModel) -> None:
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise ValueError("attach: the model's parameters are sharded (DTensor); give it whole ones")
     devices = {p.device for p in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         raise ValueError(

@@ -101,7 +101,8 @@ def generate(
     an attached model. Raises ValueError for a bad argument or a draft with another vocabulary,
     RuntimeError if the model is generating already.
     """
-    _check_arguments(input_ids, num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
+    _check_ids(input_ids, model)
+    _check_arguments(num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
     device = model.device
     warp: Warp | None = make_warp(temperature, top_k, top_p) if do_sample else None
     generator = None  # with one, acceptance is by the standard rule, else by the best score
@@ -306,16 +307,25 @@ def _eos_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> se
     return set(eos_token_id) if isinstance(eos_token_id, Iterable) else {eos_token_id}
 
 
+def _check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: expected an int64 tensor [1, n], got {kind}")
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected [1, n] with n >= 1, got {list(input_ids.shape)}")
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    vocabulary = model.config.get_text_config().vocab_size
+    if low < 0 or high >= vocabulary:  # on a GPU, embedding them would end the process
+        raise ValueError(f"input_ids: expected 0..{vocabulary - 1}, got {low}..{high}")
+
+
 def _check_arguments(
-    input_ids: Tensor,
     num_draft_tokens: int | str,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
 ) -> None:
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected [1, n] with n >= 1, got {list(input_ids.shape)}")
     if num_draft_tokens != "auto" and (
         not isinstance(num_draft_tokens, int) or not 0 <= num_draft_tokens <= 64
     ):

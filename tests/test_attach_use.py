@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 from transformers import Qwen3MoeForCausalLM
 
@@ -153,6 +155,34 @@ def test_what_is_no_model_is_named(wrong):
         spac.attach(wrong)
 
 
+def test_a_sharded_model_is_named(tiny_moe, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = tiny_moe()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"sharded \(DTensor\)"):
+            attach(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_wrapped_model_is_named(tiny_moe):
     with pytest.raises(ValueError, match="a transformers model is needed, got Sequential"):
         spac.attach(torch.nn.Sequential(tiny_moe()))
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([[1, 2]], "int64 tensor .* got list"),
+        (torch.rand(1, 3), "int64 tensor .* got torch.float32"),
+        (torch.tensor([[5, 96]]), r"0\.\.95, got 5\.\.96"),
+        (torch.tensor([[-1, 5]]), r"0\.\.95, got -1\.\.5"),
+        (torch.zeros(1, 0, dtype=torch.int64), "n >= 1"),
+    ],
+    ids=["list", "float", "too high", "negative", "empty"],
+)
+def test_wrong_input_ids_are_named(tiny_moe, ids, message):
+    with pytest.raises(ValueError, match=f"input_ids: expected .*{message}"):
+        spac.generate(tiny_moe(), ids)
