@@ -94,6 +94,7 @@ def attachment(model: PreTrainedModel) -> Attachment | None:
     return model.__dict__.get("_spac_attachment")
 
 
+@torch.inference_mode(False)  # what is made here is used outside of it as well
 def attach(
     model: PreTrainedModel,
     gpu_budget: int | str | None = None,
@@ -234,6 +235,7 @@ def _measured(layout: ExpertLayout, device: torch.device) -> CostModel:
     return measure(layout, device, limit_s=2.0)
 
 
+@torch.inference_mode(False)
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`: weights, devices, gradients and experts implementation as they were.
 

@@ -70,6 +70,7 @@ def _exclusive(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_exclusive
+@torch.inference_mode(False)  # the next text uses its tensors again, perhaps outside of it
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
