@@ -186,8 +186,11 @@ def expert_ffn_backward(
     down_bias: Tensor | None = None,
     saved: tuple | None = None,
     config: FFNConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    frozen: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias) for dy [T, H].
+
+    Those of weights and biases are None if these are `frozen`.
 
     `saved` is what `expert_ffn_train` returned; without it the hidden layer is computed again.
     The weights are read through `table`; gate_up, down and the biases give the shape and strides
@@ -198,11 +201,11 @@ def expert_ffn_backward(
     ids, weights, dy = ids.contiguous(), weights.contiguous(), dy.to(x.dtype).contiguous()
     x = x.contiguous()
     config = config or choose(x, ids, table, "grouped")
-    grads = [torch.empty_like(t) for t in (x, weights, gate_up, down)]
-    dx, dweights, d_gate_up, d_down = grads
-    biases: list[Tensor | None] = [
-        None if b is None else torch.empty_like(b) for b in (gate_up_bias, down_bias)
-    ]
+    dx, dweights = torch.empty_like(x), torch.empty_like(weights)
+    d_gate_up, d_down, *biases = (
+        None if frozen or p is None else torch.empty_like(p)
+        for p in (gate_up, down, gate_up_bias, down_bias)
+    )
     if T == 0:
         for g in (d_gate_up, d_down, *biases):
             if g is not None:
@@ -226,6 +229,8 @@ def expert_ffn_backward(
         grouped_rows(d_pre, None, plan, _stored_rows_args(table), config.down, out)
     sum_pairs(out, ids, table.address, dx)
 
+    if d_gate_up is None or d_down is None:
+        return dx, dweights, None, None, None, None
     turned = layout.transposed
     outer = outer_tma if fast else grouped_outer
     outer(d_pre, x, plan, "b", d_gate_up.mT if turned else d_gate_up, config.outer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import threading
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 import spac.hf  # noqa: F401  (registers the backend)
@@ -21,6 +24,7 @@ from spac.cores import set_ffn_threads
 from spac.cost import CostModel, measure
 from spac.engine import Engine
 from spac.experts import (
+    Experts,
     UnsupportedLayout,
     expert_layout,
     expert_parameters,
@@ -37,8 +41,17 @@ from spac.trace import Trace
 _SHOW_FROM = 4 << 30  # bytes of experts from which moving them takes seconds
 
 
+class _NotCopied:
+    """Refuses copy.deepcopy and pickle, which meet it in the model."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(
+            "spac: an attached model cannot be copied or pickled; call spac.detach(model) first"
+        )
+
+
 @dataclass
-class Binding:
+class Binding(_NotCopied):
     """Tells an experts module which engine runs it, as which layer."""
 
     engine: Engine
@@ -46,14 +59,18 @@ class Binding:
 
 
 @dataclass
-class Attachment:
+class Attachment(_NotCopied):
     """What `attach` changed on a model, for `detach` and `stats`."""
 
     engine: Engine | None
     budget: Budget | None
-    implementation: str
+    experts: list[tuple[str, Experts]]
+    configs: list[Any] = field(default_factory=list)  # those of the experts, where replaced
+    home: torch.device | None = None  # of all parameters
     devices: dict[str, torch.device] = field(default_factory=dict)
-    requires_grad: dict[str, bool] = field(default_factory=dict)
+    # Kept as they are: while attached, adapters change the names and new embeddings the objects.
+    requires_grad: dict[str, tuple[nn.Parameter, bool]] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
     draft: tuple[PreTrainedModel, torch.device] | None = None
     last_generation: Any = None
     # spac.target.StaticTarget of the target and the draft, by id of the model, or why there is none
@@ -77,6 +94,7 @@ def attachment(model: PreTrainedModel) -> Attachment | None:
     return model.__dict__.get("_spac_attachment")
 
 
+@torch.inference_mode(False)  # what is made here is used outside of it as well
 def attach(
     model: PreTrainedModel,
     gpu_budget: int | str | None = None,
@@ -103,11 +121,15 @@ def attach(
     name, a profile of another model).
     """
     config = SpacConfig(**settings)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"attach: a transformers model is needed, got {type(model).__name__}")
     if attachment(model) is not None:
         raise ValueError("attach: this model is attached already; call spac.detach(model) first")
     experts = find_experts(model)
     if not experts:
         raise ValueError(f"attach: {type(model).__name__} has no Mixture-of-Experts layers")
+    if not hasattr(model, "config"):
+        raise ValueError(f"attach: a transformers model is needed, got {type(model).__name__}")
     sources = [expert_layout(module) for _, module in experts]
     layouts = [stored_layout(module, config) for _, module in experts]
     if len({layout.num_experts for layout in layouts}) > 1:
@@ -116,22 +138,26 @@ def attach(
     shape = (len(layouts), layouts[0].num_experts, router_top_k(model))
     known = None if profile is None else find_profile(profile, *shape)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    implementation = model.config._experts_implementation
     quantized = config.weights != "float"
     if target.type == "cpu" and gpu_budget is None and not quantized:
-        model.__dict__["_spac_attachment"] = Attachment(None, None, implementation)
-        model.set_experts_implementation("spac")
+        state = Attachment(None, None, experts)
+        _take_over(model, state, quantized=False)
         return model
     total = None if gpu_budget is None else parse_bytes(gpu_budget)
     if target.type == "cpu" and total is None:
         total = bytes_for_ratio(model, 0.0, config, draft)  # slots would be copies
+    if any(is_parametrized(module) for _, module in experts):
+        raise UnsupportedLayout(
+            f"{type(model).__name__}: its experts have parametrized weights; make them plain first"
+        )
     parameters = [expert_parameters(module) for _, module in experts]
     expert_ids = {id(p) for layer in parameters for p in layer.values()}
     budget = plan_budget(model, total, config, draft)
-    state = Attachment(None, budget, implementation)
+    state = Attachment(None, budget, experts)
     named = dict(model.named_parameters())
+    state.home = next(iter(named.values())).device
     state.devices = {n: t.device for n, t in (*named.items(), *model.named_buffers())}
-    state.requires_grad = {n: p.requires_grad for n, p in named.items()}
+    state.requires_grad = {n: (p, p.requires_grad) for n, p in named.items()}
     store = HostStore(layouts, target.type == "cuda", sources)
     try:
         experts_bytes = sum(p.nbytes for layer in parameters for p in layer.values())
@@ -144,7 +170,7 @@ def attach(
         if known is not None:
             state.engine.control.warm_start(known)
             state.engine.utility.copy_(torch.from_numpy(known.utility))
-        _move_dense(model, {n: target for n in state.devices}, expert_ids)
+        _move_dense(model, target, {}, expert_ids)
         if draft is not None:
             state.draft = (draft, next(draft.parameters()).device)
             draft.to(target)
@@ -154,12 +180,41 @@ def attach(
         model.requires_grad_(False)
         for index, (_, module) in enumerate(experts):
             module.__dict__["_spac_binding"] = Binding(state.engine, index)
-        model.set_experts_implementation("spac")
-        model.__dict__["_spac_attachment"] = state
+        _take_over(model, state, quantized)
     except BaseException:
         _undo(model, store, state)
         raise
     return model
+
+
+def _take_over(model: PreTrainedModel, state: Attachment, quantized: bool) -> None:
+    """Let spac run the experts, and refuse what would miss where their weights are now."""
+    for _, module in state.experts:
+        # A config of their own: the model's may be shared with another model, and transformers'
+        # set_experts_implementation passes by classes that are not in the file of their experts.
+        state.configs.append(module.config)
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = {"": "spac"}
+        if state.engine is not None:
+            state.hooks.append(module.register_load_state_dict_pre_hook(_refuse_load))
+        if quantized:
+            refuse = functools.partial(_refuse, "state_dict")
+            state.hooks.append(module.register_state_dict_pre_hook(refuse))
+    if state.engine is not None:  # its weights in the store are strided, or quantised
+        model.__dict__["save_pretrained"] = functools.partial(_refuse, "save_pretrained")
+    model.__dict__["_spac_attachment"] = state
+
+
+def _refuse(what: str, *_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        f"spac: {what}: spac holds the experts of an attached model; call spac.detach(model) first"
+    )
+
+
+def _refuse_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """For weights of experts: their copies in slots would stay as they are."""
+    if any(name.startswith(prefix) for name in state_dict):
+        _refuse("load_state_dict")
 
 
 def _close_beside(engine: Engine) -> None:
@@ -180,6 +235,7 @@ def _measured(layout: ExpertLayout, device: torch.device) -> CostModel:
     return measure(layout, device, limit_s=2.0)
 
 
+@torch.inference_mode(False)
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`: weights, devices, gradients and experts implementation as they were.
 
@@ -190,7 +246,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("detach: this model is not attached")
     with state.in_use("detach"):
         if state.engine is None:
-            model.set_experts_implementation(state.implementation)
+            _give_over(model, state)
         else:
             _undo(model, state.engine.store, state)
         del model.__dict__["_spac_attachment"]  # last: interrupted before, detach can be repeated
@@ -200,36 +256,57 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
     """Stop the engine and give everything back, as far as attach, or a detach that was interrupted,
     had come."""
-    experts = find_experts(model)
-    for _, module in experts:
-        module.__dict__.pop("_spac_binding", None)
-    model.set_experts_implementation(state.implementation)
+    _give_over(model, state)
     if state.engine is not None:
         state.engine.close()
     if state.orphan is not None:
         state.orphan.detach()
-    adopted = [(name, expert_parameters(module)) for name, module in experts[: len(store.blobs)]]
-    for layer, (name, parameters) in enumerate(adopted):
-        store.restore(layer, parameters, state.devices[f"{name}.gate_up_proj"])
-    _move_dense(model, state.devices, set())
+    assert state.home is not None
+    for layer, (_, module) in enumerate(state.experts[: len(store.blobs)]):
+        store.restore(layer, expert_parameters(module), state.home)
+    _move_dense(model, state.home, state.devices, set())
     if state.draft is not None:
         draft, device = state.draft
         draft.to(device)
+    known = {id(parameter): flag for parameter, flag in state.requires_grad.values()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.requires_grad[name])
+        if id(parameter) in known:
+            parameter.requires_grad_(known[id(parameter)])
+        elif name in state.requires_grad:
+            parameter.requires_grad_(state.requires_grad[name][1])
     store.close()
 
 
-def _move_dense(model: PreTrainedModel, devices: dict[str, torch.device], leave: set[int]) -> None:
+def _give_over(model: PreTrainedModel, state: Attachment) -> None:
+    """Undo `_take_over`, as far as it had come."""
+    for (_, module), config in zip(state.experts, state.configs, strict=False):
+        module.config = config
+    for _, module in state.experts:
+        module.__dict__.pop("_spac_binding", None)
+    for hook in state.hooks:
+        hook.remove()
+    model.__dict__.pop("save_pretrained", None)
+
+
+def _move_dense(
+    model: PreTrainedModel,
+    device: torch.device,
+    devices: dict[str, torch.device],
+    leave: set[int],
+) -> None:
+    """Parameters and buffers to their entry in `devices`, others to `device`."""
     for name, parameter in model.named_parameters():
         if id(parameter) not in leave:
-            parameter.data = parameter.data.to(devices[name])
+            parameter.data = parameter.data.to(devices.get(name, device))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = buffer.to(devices[name])
+        moved = buffer.to(devices.get(name, device))
+        model.get_submodule(owner)._buffers[leaf] = moved
 
 
 def _check_devices(model: PreTrainedModel) -> None:
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise ValueError("attach: the model's parameters are sharded (DTensor); give it whole ones")
     devices = {p.device for p in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         raise ValueError(

@@ -42,11 +42,17 @@ def parameter_bytes(module: nn.Module, leave_out: set[int] | None = None) -> int
 def kv_cache_bytes(config, length: int, itemsize: int) -> int:
     """Bytes of a KV cache of `length` tokens for a transformers config, batch 1."""
     config = config.get_text_config()
+    layers = list(config.per_layer_config)  # the heads of some models differ between layers
+    return int(sum(_kv_numbers(layer) for layer in layers) * length * itemsize)
+
+
+def _kv_numbers(config) -> float:
+    """Numbers that a layer's attention keeps of a token."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if getattr(config, "kv_lora_rank", None):  # MLA is cached decompressed: keys and values differ
         size = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
-    return int(config.num_hidden_layers * 2 * heads * size * length * itemsize)
+    return 2 * heads * size
 
 
 def plan_budget(

@@ -42,14 +42,12 @@ def find_experts(model: nn.Module) -> list[tuple[str, Experts]]:
     return [(name, m) for name, m in model.named_modules() if is_experts(m)]
 
 
+@torch.compiler.assume_constant_result
 def expert_layout(module: Experts) -> ExpertLayout:
-    """Layout of an experts module, read once and kept on the module.
+    """Layout of an experts module; what its gate computes is found out once and kept on the module.
 
     Raises UnsupportedLayout naming the module's class and the property that is not supported.
     """
-    cached = module.__dict__.get("_spac_layout")
-    if cached is not None and cached.dtype == module.gate_up_proj.dtype:
-        return cached
     name = type(module).__name__
     if not module.has_gate:
         raise UnsupportedLayout(f"{name}: experts without a gate projection are not supported")
@@ -60,8 +58,10 @@ def expert_layout(module: Experts) -> ExpertLayout:
         raise UnsupportedLayout(f"{name}: weights of {gate_up.dtype} are not supported")
     num_experts, a, b = gate_up.shape
     hidden, two_i = (a, b) if module.is_transposed else (b, a)
-    activation, alpha, limit = _recognise_gate(module)
-    layout = ExpertLayout(
+    if "_spac_gate" not in module.__dict__:
+        module.__dict__["_spac_gate"] = _recognise_gate(module)
+    activation, alpha, limit = module.__dict__["_spac_gate"]
+    return ExpertLayout(
         num_experts=num_experts,
         hidden=hidden,
         intermediate=two_i // 2,
@@ -73,8 +73,6 @@ def expert_layout(module: Experts) -> ExpertLayout:
         interleaved=not module.is_concatenated,
         bias=module.has_bias,
     )
-    module.__dict__["_spac_layout"] = layout
-    return layout
 
 
 def stored_layout(module: Experts, config: SpacConfig) -> ExpertLayout:
@@ -89,15 +87,16 @@ def _recognise_gate(module: Experts) -> tuple[str, float, float]:
     constants: list[Any] = [getattr(module, name, None) for name in ("alpha", "limit")]
     clamped = all(isinstance(c, (int, float)) for c in constants)
     alpha, limit = map(float, constants) if clamped else (0.0, 0.0)
-    gate_up = torch.linspace(-20, 20, 402, dtype=torch.float32).reshape(1, -1)
-    gate_up = gate_up[:, torch.randperm(402, generator=torch.Generator().manual_seed(0))]
+    # Pairs of which a clamp changes some, wherever it is; the large ones beside a 1, since their
+    # products with the rounding of an activation that is nearly 0 would not be small.
+    values = torch.linspace(-20, 20, 201, device="cpu", dtype=torch.float32)
+    large = torch.tensor([-1e4, -1e3, -1e2, 1e2, 1e3, 1e4], device="cpu", dtype=torch.float32)
+    ones = torch.ones_like(large)
+    gate = torch.cat([values, large, ones])[None]
+    up = torch.cat([values[torch.arange(201, device="cpu") * 77 % 201], ones, large])[None]
+    pairs = torch.cat if module.is_concatenated else torch.stack
     with torch.no_grad():
-        own = module._apply_gate(gate_up)
-        gate, up = (
-            gate_up.chunk(2, dim=-1)
-            if module.is_concatenated
-            else (gate_up[:, ::2], gate_up[:, 1::2])
-        )
+        own = module._apply_gate(pairs([gate, up], dim=-1).flatten(1))
         for activation in ACTIVATIONS:
             if activation == "swiglu_clamp" and not clamped:
                 continue
@@ -109,7 +108,7 @@ def _recognise_gate(module: Experts) -> tuple[str, float, float]:
                 return activation, alpha, limit
     raise UnsupportedLayout(
         f"{type(module).__name__}: its gate is none of {', '.join(ACTIVATIONS)} "
-        f"(activation {getattr(module, 'act_fn', None)})"
+        f"(activation {type(getattr(module, 'act_fn', None)).__name__})"
     )
 
 

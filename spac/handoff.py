@@ -78,7 +78,7 @@ class HandOff:
             self._flags, self._hidden, self._ids, self._weights, self._back, self.times, pin
         )
         for table in tables:
-            torch.ops.spac.worker_add_layer(self._worker, *ops.cpu_table(table))
+            torch.ops.spac.worker_add_layer(self._worker, *table.for_cpu())
         torch.ops.spac.worker_start(self._worker)
 
     def begin(self, width: int) -> None:

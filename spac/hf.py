@@ -6,6 +6,9 @@ the parameters where they lie, forward and backward.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
@@ -22,7 +25,17 @@ def experts_forward(
     """
     binding = self.__dict__.get("_spac_binding")
     if binding is not None:
-        return binding.engine.forward(binding.layer, hidden_states, top_k_index, top_k_weights)
+        if "parametrizations" in self._modules:  # peft wraps weights so for as long as a forward
+            raise RuntimeError(
+                "spac: an attached model does not apply adapters to the weights of its experts; "
+                "merge them before spac.attach"
+            )
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+            raise RuntimeError(
+                "spac: an attached model has no gradients; use torch.no_grad(), or train after "
+                'spac.detach(model) with experts_implementation="spac"'
+            )
+        return _attached(binding, hidden_states, top_k_index, top_k_weights)
     layout, weights = expert_layout(self), expert_parameters(self)
     return ops.expert_ffn(
         hidden_states,
@@ -38,6 +51,11 @@ def experts_forward(
         transposed=layout.transposed,
         interleaved=layout.interleaved,
     )
+
+
+@torch.compiler.disable(reason="spac: the engine of an attached model runs outside of graphs")
+def _attached(binding: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return binding.engine.forward(binding.layer, hidden, ids, weights)
 
 
 ExpertsInterface.register("spac", experts_forward)

@@ -72,6 +72,32 @@ class ExpertLayout:
                 f"got {self.hidden} and {self.intermediate}"
             )
 
+    @staticmethod
+    def of_parameters(
+        gate_up: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        alpha: float,
+        limit: float,
+        transposed: bool,
+        interleaved: bool,
+    ) -> ExpertLayout:
+        """Of stacked parameters: gate_up [E, 2I, H], or [E, H, 2I] if `transposed`."""
+        E, a, b = gate_up.shape
+        hidden, two_i = (a, b) if transposed else (b, a)
+        return ExpertLayout(
+            num_experts=E,
+            hidden=hidden,
+            intermediate=two_i // 2,
+            dtype=gate_up.dtype,
+            activation=activation,
+            alpha=alpha,
+            limit=limit,
+            transposed=transposed,
+            interleaved=interleaved,
+            bias=bias is not None,
+        )
+
     def quantized(self, form: str, group: int = 0) -> ExpertLayout:
         """The same experts with weights of `form`; int4 in groups of `group` (default 32)."""
         if form == "int4":
@@ -299,3 +325,21 @@ class ExpertTable:
             slots=Slots(address, gate_up, down),
             **bias,
         )
+
+    def for_cpu(self) -> tuple:
+        """As the C++ operators take it; ValueError where they cannot read it."""
+        if self.gate_k_stride != 1 or self.down_k_stride != 1:
+            raise ValueError(
+                "table: the CPU kernels need row-major weights (k stride 1); "
+                "transposed parameters given"
+            )
+        layout = self.layout
+        rows = [self.gate_stride, self.up_offset]
+        rows += [self.down_offset, self.down_skew, self.down_stride]
+        biases = [self.gate_up_bias_offset, self.gate_up_bias_skew]
+        biases += [self.down_bias_offset, self.down_bias_skew]
+        biases += [self.bias_stride, self.bias_up_offset]
+        activation = (layout.activation, layout.alpha, layout.limit)
+        scales = (layout.form, layout.group, self.gate_up_scale_offset, self.down_scale_offset)
+        head = (self.address, layout.dtype, layout.intermediate, *rows, layout.bias)
+        return (*head, *biases, *activation, *scales)

@@ -110,16 +110,17 @@ def expert_ffn_backward(
     layout: ExpertLayout,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    frozen: bool = False,
 ) -> list[Tensor]:
-    """Gradients of `expert_ffn` for dy [T, H]: of x, weights, gate_up, down and the biases, if any.
+    """Gradients of `expert_ffn` for dy [T, H]: of x, weights and, unless `frozen`, the parameters.
 
     Each has the shape and dtype of its tensor; those of experts that no token chose are zero.
     """
     acc = torch.promote_types(x.dtype, torch.float32)
     dx = torch.zeros_like(x, dtype=acc)
     d_weights = torch.zeros_like(weights, dtype=acc)
-    d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-    d_biases = [torch.zeros_like(b) for b in (gate_up_bias, down_bias) if b is not None]
+    parameters = () if frozen else (gate_up, down, gate_up_bias, down_bias)
+    grads = [torch.zeros_like(p) for p in parameters if p is not None]
     for e in range(layout.num_experts):
         token, choice = torch.where(ids == e)
         if token.numel() == 0:
@@ -146,11 +147,12 @@ def expert_ffn_backward(
             else torch.cat([d_gate, d_up], dim=-1)
         )
         dx.index_add_(0, token, d_h @ w_gu)
-        g_gu, g_d = d_h.T @ x_e, d_out.T @ act
-        d_gate_up[e], d_down[e] = (g_gu.T, g_d.T) if layout.transposed else (g_gu, g_d)
-        if d_biases:
-            d_biases[0][e], d_biases[1][e] = d_h.sum(0), d_out.sum(0)
-    return [dx.to(x.dtype), d_weights.to(weights.dtype), d_gate_up, d_down, *d_biases]
+        if grads:
+            g_gu, g_d = d_h.T @ x_e, d_out.T @ act
+            grads[0][e], grads[1][e] = (g_gu.T, g_d.T) if layout.transposed else (g_gu, g_d)
+        for grad, g in zip(grads[2:], (d_h, d_out), strict=False):
+            grad[e] = g.sum(0)
+    return [dx.to(x.dtype), d_weights.to(weights.dtype), *grads]
 
 
 def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from spac.draft import Draft, ModelDraft, NgramDraft, NoDraft
 from spac.draft_length import DraftLengthController
 from spac.experts import find_experts
 from spac.sampling import Seeded, Warp, make_warp
-from spac.target import EagerTarget, NotCapturable, StaticTarget, Target, log
+from spac.target import EagerTarget, NotCapturable, StaticTarget, Target, keeps_state, log
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,6 +70,7 @@ def _exclusive(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_exclusive
+@torch.inference_mode(False)  # the next text uses its tensors again, perhaps outside of it
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -101,8 +102,7 @@ def generate(
     an attached model. Raises ValueError for a bad argument or a draft with another vocabulary,
     RuntimeError if the model is generating already.
     """
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected [1, n] with n >= 1, got {list(input_ids.shape)}")
+    _check_ids(input_ids, model)
     check_options(num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
     device = model.device
     warp: Warp | None = make_warp(temperature, top_k, top_p) if do_sample else None
@@ -279,6 +279,12 @@ def _drafter(
 ) -> Draft:
     if draft is None:
         return NoDraft()
+    for each in (model, draft):
+        if isinstance(each, nn.Module) and keeps_state(each):
+            raise ValueError(
+                f"draft: {type(each).__name__} has recurrent layers, which cannot forget rejected "
+                "tokens; use draft=None"
+            )
     if draft == "ngram":
         return NgramDraft()
     if not isinstance(draft, nn.Module):
@@ -300,6 +306,18 @@ def _eos_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> se
     if eos_token_id is None:
         return set()
     return set(eos_token_id) if isinstance(eos_token_id, Iterable) else {eos_token_id}
+
+
+def _check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: expected an int64 tensor [1, n], got {kind}")
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected [1, n] with n >= 1, got {list(input_ids.shape)}")
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    vocabulary = model.config.get_text_config().vocab_size
+    if low < 0 or high >= vocabulary:  # on a GPU, embedding them would end the process
+        raise ValueError(f"input_ids: expected 0..{vocabulary - 1}, got {low}..{high}")
 
 
 def check_options(

@@ -8,6 +8,7 @@ and reads the accepted tokens. Rejected tokens are forgotten by moving the cache
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import threading
 import time
@@ -53,29 +54,50 @@ class Target(Protocol):
         ...
 
 
+def keeps_state(model: PreTrainedModel) -> bool:
+    """True for recurrent layers, whose state no token can be taken out of: draft nothing."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 class EagerTarget:
     """transformers' own forward over a growing cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, DynamicCache()
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self._length = 0
+        # Said, since vision models count on from the text they saw last.
+        self._positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def prefill(self, tokens: Tensor) -> Tensor:
         for chunk in tokens.split(PREFILL_CHUNK):
-            out = self.model(
-                input_ids=chunk[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
-        return out.logits[0, -1:]
+            logits = self._forward(chunk, keep=1)
+        if not keeps_state(self.model):
+            # Layers that only keep a window: from here on until `finish`, what it has left as well.
+            self.cache.activate_past_recording()
+        return logits[-1:]
 
     def prepare(self, width: int) -> float:
         return 0.0
 
     def verify(self, window: Tensor) -> Tensor:
-        out = self.model(input_ids=window[None], past_key_values=self.cache, use_cache=True)
-        return out.logits[0]
+        return self._forward(window)
 
     def finish(self, rejected: int) -> None:
-        if rejected:
+        self._length -= rejected
+        if not keeps_state(self.model):
             self.cache.crop(-rejected)
+
+    def _forward(self, tokens: Tensor, keep: int = 0) -> Tensor:
+        positions = self._length + torch.arange(tokens.numel(), device=tokens.device)
+        self._length += tokens.numel()
+        out = self.model(
+            input_ids=tokens[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **({"position_ids": positions[None]} if self._positions else {}),
+        )
+        return out.logits[0]
 
 
 class NotCapturable(ValueError):

@@ -146,6 +146,18 @@ def test_without_saved_and_by_default_configuration(device):
         assert torch.equal(a, b)  # bitwise repeatable
 
 
+def test_frozen(device):
+    torch.manual_seed(6)
+    layout = ExpertLayout(3, 24, 16, torch.float32, bias=True)
+    params = parameters(layout, device)
+    x, ids, weights, dy = problem(layout, 7, 2, device)
+    table = ExpertTable.from_parameters(layout, *params)
+    all_of_them = expert_ffn_backward(dy, x, ids, weights, table, *params, config=SMALL)
+    grads = expert_ffn_backward(dy, x, ids, weights, table, *params, config=SMALL, frozen=True)
+    assert torch.equal(grads[0], all_of_them[0]) and torch.equal(grads[1], all_of_them[1])
+    assert grads[2:] == (None,) * 4
+
+
 def test_no_tokens(device):
     layout = ExpertLayout(2, 16, 16, torch.float32)
     params = parameters(layout, device)

@@ -133,3 +133,42 @@ def test_unsupported_layouts_are_refused_by_name():
     module.has_gate = False
     with pytest.raises(UnsupportedLayout, match="Qwen3MoeExperts.*without a gate"):
         expert_layout(module)
+
+
+@pytest.mark.parametrize("limit", [30.0, 300.0, 3000.0])
+def test_a_clamp_far_out_is_seen(limit):
+    _, module = find_experts(build("Qwen3Moe", "spac", "cpu"))[0]
+
+    def gate(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up.clamp(-limit, limit)
+
+    module._apply_gate = gate
+    with pytest.raises(UnsupportedLayout, match="its gate is none of"):
+        expert_layout(module)
+
+
+def test_the_refusal_is_one_line():
+    _, module = find_experts(build("Qwen3Moe", "spac", "cpu"))[0]
+    module.act_fn = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Tanh())
+    with pytest.raises(UnsupportedLayout) as refusal:
+        expert_layout(module)
+    assert "\n" not in str(refusal.value)
+
+
+def test_layout_follows_the_parameters():
+    _, module = find_experts(build("Qwen3Moe", "spac", "cpu"))[0]
+    assert expert_layout(module).num_experts == 8
+    for name, parameter in list(module.named_parameters()):  # pruned
+        setattr(module, name, torch.nn.Parameter(parameter[:6].detach()))
+    assert expert_layout(module).num_experts == 6
+    assert expert_layout(module.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_compiles_whole_before_any_forward():
+    torch._dynamo.reset()
+    model = build("GptOss", "spac", "cpu")
+    ids = torch.randint(0, COMMON["vocab_size"], (2, 7))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = compiled(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
