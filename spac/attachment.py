@@ -37,21 +37,45 @@ from spac.trace import Trace
 _SHOW_FROM = 4 << 30  # bytes of experts from which moving them takes seconds
 
 
-@dataclass
-class Binding:
+class _NotCopied:
+    def __reduce__(self) -> Any:
+        raise TypeError("spac: an attached model cannot be copied or pickled; detach it first")
+
+
+class Binding(_NotCopied):
     """Tells an experts module which engine runs it, as which layer."""
 
-    engine: Engine
-    layer: int
+    def __init__(self, engine: Engine, layer: int, module: Any) -> None:
+        self.engine, self.layer = engine, layer
+        self._weights = _fingerprint(module)
+
+    def check(self, module: Any) -> None:
+        """RuntimeError if the weights are not those of the host store any more: slots hold copies
+        of these."""
+        if _fingerprint(module) != self._weights:
+            raise RuntimeError(
+                f"spac: the experts of layer {self.layer} were moved, converted or changed while "
+                "the model was attached; call spac.detach(model), then attach again"
+            )
+
+
+def _fingerprint(module: Any) -> list[tuple[int, int]]:
+    """Changes when the parameters of experts are given other memory, or are written to."""
+    parameters = expert_parameters(module).values()
+    try:
+        return [(p.data_ptr(), p._version) for p in parameters]
+    except RuntimeError:  # made in inference mode: torch does not count what is written
+        return [(p.data_ptr(), 0) for p in parameters]
 
 
 @dataclass
-class Attachment:
+class Attachment(_NotCopied):
     """What `attach` changed on a model, for `detach` and `stats`."""
 
-    engine: Engine | None
-    budget: Budget | None
     implementation: str
+    budget: Budget | None = None
+    store: HostStore | None = None  # None: the experts stay where they are
+    engine: Engine | None = None
     devices: dict[str, torch.device] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     draft: tuple[PreTrainedModel, torch.device] | None = None
@@ -67,8 +91,12 @@ class Attachment:
         if not self.lock.acquire(blocking=False):
             raise RuntimeError(f"spac: {what}: this model is generating; wait for it or stop it")
         try:
+            if self.engine is not None:
+                self.engine.owner = threading.get_ident()
             yield
         finally:
+            if self.engine is not None:
+                self.engine.owner = None
             self.lock.release()
 
 
@@ -77,6 +105,7 @@ def attachment(model: PreTrainedModel) -> Attachment | None:
     return model.__dict__.get("_spac_attachment")
 
 
+@torch.inference_mode(False)
 def attach(
     model: PreTrainedModel,
     gpu_budget: int | str | None = None,
@@ -119,7 +148,7 @@ def attach(
     implementation = model.config._experts_implementation
     quantized = config.weights != "float"
     if target.type == "cpu" and gpu_budget is None and not quantized:
-        model.__dict__["_spac_attachment"] = Attachment(None, None, implementation)
+        model.__dict__["_spac_attachment"] = Attachment(implementation)
         model.set_experts_implementation("spac")
         return model
     total = None if gpu_budget is None else parse_bytes(gpu_budget)
@@ -128,11 +157,13 @@ def attach(
     parameters = [expert_parameters(module) for _, module in experts]
     expert_ids = {id(p) for layer in parameters for p in layer.values()}
     budget = plan_budget(model, total, config, draft)
-    state = Attachment(None, budget, implementation)
+    store = HostStore(layouts, target.type == "cuda", sources)
+    state = Attachment(implementation, budget, store)
     named = dict(model.named_parameters())
     state.devices = {n: t.device for n, t in (*named.items(), *model.named_buffers())}
     state.requires_grad = {n: p.requires_grad for n, p in named.items()}
-    store = HostStore(layouts, target.type == "cuda", sources)
+    # First: whatever happens from here on, `detach` can undo it.
+    model.__dict__["_spac_attachment"] = state
     try:
         experts_bytes = sum(p.nbytes for layer in parameters for p in layer.values())
         for layer in progress(parameters, "host store", show=experts_bytes > _SHOW_FROM):
@@ -153,11 +184,10 @@ def attach(
         state.orphan.atexit = False  # the engine sees to that itself
         model.requires_grad_(False)
         for index, (_, module) in enumerate(experts):
-            module.__dict__["_spac_binding"] = Binding(state.engine, index)
+            module.__dict__["_spac_binding"] = Binding(state.engine, index, module)
         model.set_experts_implementation("spac")
-        model.__dict__["_spac_attachment"] = state
     except BaseException:
-        _undo(model, store, state)
+        detach(model)
         raise
     return model
 
@@ -180,6 +210,7 @@ def _measured(layout: ExpertLayout, device: torch.device) -> CostModel:
     return measure(layout, device, limit_s=2.0)
 
 
+@torch.inference_mode(False)
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`: weights, devices, gradients and experts implementation as they were.
 
@@ -189,21 +220,20 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if state is None:
         raise ValueError("detach: this model is not attached")
     with state.in_use("detach"):
-        if state.engine is None:
-            model.set_experts_implementation(state.implementation)
-        else:
-            _undo(model, state.engine.store, state)
+        _undo(model, state)
         del model.__dict__["_spac_attachment"]  # last: interrupted before, detach can be repeated
     return model
 
 
-def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
+def _undo(model: PreTrainedModel, state: Attachment) -> None:
     """Stop the engine and give everything back, as far as attach, or a detach that was interrupted,
     had come."""
-    experts = find_experts(model)
+    experts, store = find_experts(model), state.store
     for _, module in experts:
         module.__dict__.pop("_spac_binding", None)
     model.set_experts_implementation(state.implementation)
+    if store is None:
+        return
     if state.engine is not None:
         state.engine.close()
     if state.orphan is not None:
@@ -216,7 +246,8 @@ def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
         draft, device = state.draft
         draft.to(device)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.requires_grad[name])
+        with torch.inference_mode(parameter.is_inference()):  # elsewhere torch refuses it
+            parameter.requires_grad_(state.requires_grad[name])
     store.close()
 
 

@@ -120,9 +120,11 @@ class Engine:
         shape = num_layers, config.max_window, top_k
         self._window_ids = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._width, self._last_width, self._began = 0, 0, 0.0
+        self._layer = -1  # that ran last, not by flags
         self._clock = WorkClock()
         self._staging: Staging | None = None
         self._forwarding = threading.Lock()
+        self.owner: int | None = None  # the thread that generates: others' forwards are refused
         self._process = os.getpid()
         if self._cuda:
             self._staging = Staging(config.max_window, layouts[0].hidden, top_k)
@@ -147,7 +149,13 @@ class Engine:
                 "spac: this model was attached before a fork, and its threads are in the other "
                 "process; call spac.detach(model) here, then attach again"
             )
-        if not self._forwarding.acquire(blocking=False):
+        if hidden.device != self.pool.memory.device:
+            raise RuntimeError(
+                f"spac: hidden rows on {hidden.device}, slots on {self.pool.memory.device}: the "
+                "model was moved while attached; call spac.detach(model), then attach again"
+            )
+        mine = self.owner in (None, threading.get_ident())
+        if not mine or not self._forwarding.acquire(blocking=False):
             raise RuntimeError("spac: this model is already running a forward in another thread")
         try:
             return self._forward(layer, hidden, ids.to(torch.int32), weights.float())
@@ -161,8 +169,9 @@ class Engine:
         if layer == 0 and not prefill:
             self._begin_window(hidden.shape[0])
             self.launched()
-        elif layer == 0:
+        elif layer == 0 or layer != self._layer + 1:  # another forward has come between
             self._learn()  # before the first change is published
+        self._layer = layer
         self.pool.publish(layer)
         if prefill:
             return self._prefill(layer, hidden, ids, weights)
@@ -257,6 +266,9 @@ class Engine:
     def begin_window(self, width: int) -> None:
         """Before a forward by flags over `width` tokens: every layer's slot changes, the bell."""
         assert self.handoff is not None
+        if width > self.config.max_window:
+            raise ValueError(f"width: at most max_window={self.config.max_window}, got {width}")
+        self._layer = -1
         self._begin_window(width)
         if self.pool.changed:
             self.drafts.learn()
@@ -287,6 +299,7 @@ class Engine:
         """Undo what windows changed since `save`."""
         self.windows, memory = saved
         self._learn()  # what has changed places stays where it is
+        self._clock.times = None
         self._state.memory.copy_(memory)
         self._state.exchanged.fill_(-1)
 

@@ -22,6 +22,7 @@ def experts_forward(
     """
     binding = self.__dict__.get("_spac_binding")
     if binding is not None:
+        binding.check(self)
         return binding.engine.forward(binding.layer, hidden_states, top_k_index, top_k_weights)
     layout, weights = expert_layout(self), expert_parameters(self)
     return ops.expert_ffn(
