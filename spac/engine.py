@@ -251,8 +251,8 @@ class Engine:
 
     def note(self, track: str, name: str, start: float) -> None:
         """For `spac.spans`: what began at `start` (time.perf_counter) has ended now."""
-        if self.spans is not None:
-            self.spans.append((track, name, start, time.perf_counter()))
+        if (spans := self.spans) is not None:  # once: the copy thread calls this as well
+            spans.append((track, name, start, time.perf_counter()))
 
     # The forward by flags (spac.target): between `begin_window` and `check` the host program
     # does nothing for a layer, so that a CUDA graph can hold all of them.
@@ -389,8 +389,8 @@ class Engine:
             return  # after a fork: the threads, and a GPU's context, belong to the other process
         self.copier.close()
         self.control.close()
+        if self._cuda:  # Ctrl-C may have left a window, which needs its answers
+            torch.cuda.synchronize(self.device)
         if self.handoff is not None:
             self.handoff.close()
-        if self._cuda:
-            torch.cuda.synchronize(self.device)
         _open.discard(self)

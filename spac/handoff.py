@@ -101,7 +101,7 @@ class HandOff:
             return
         for target, source in zip(host, (hidden, ids, weights), strict=True):
             target.copy_(source)
-        self.bell[layer] = self._window[0]
+        self.bell[layer] = self._window[0]  # a plain store: x86 keeps it behind the rows
 
     def join(self, layer: int, partial: Tensor, dtype: torch.dtype) -> Tensor:
         """partial [T, H] plus the worker's rows, in `dtype`, once they are there."""
