@@ -145,6 +145,11 @@ def attach(
     shape = (len(layouts), layouts[0].num_experts, router_top_k(model))
     known = None if profile is None else find_profile(profile, *shape)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if target.type == "cuda" and target.index not in (None, torch.cuda.current_device()):
+        raise ValueError(
+            f"attach: device {target} is not torch's current one, on which kernels run; "
+            f"call torch.cuda.set_device({target.index}) first"
+        )
     implementation = model.config._experts_implementation
     quantized = config.weights != "float"
     if target.type == "cpu" and gpu_budget is None and not quantized:
