@@ -141,6 +141,7 @@ class Engine:
     def _cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @torch.compiler.disable  # to torch.compile a layer is one call
     @torch.no_grad()
     def forward(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The experts of one layer: hidden [T, H], ids and weights [T, k]; returns [T, H]."""

@@ -182,6 +182,27 @@ def test_a_forward_between_the_layers_of_another(tiny_moe, monkeypatch):
     spac.detach(model)
 
 
+def test_a_compiled_model_leaves_the_engine_as_it_is(tiny_moe, device):
+    """To trace it would take minutes, and what it does to threads and slots is no graph."""
+    sizes = {"num_hidden_layers": 1, "num_experts": 4}
+    model, plain = attach(tiny_moe(**sizes)), tiny_moe(**sizes).to(device)
+    engine, rows = attachment(model).engine, torch.randn(1, 5, 32, device=device)
+    forward, traced = engine._forward, []
+
+    def layer(*args):
+        traced.append(torch.compiler.is_compiling())
+        return forward(*args)
+
+    engine._forward = layer
+    with torch.no_grad():
+        found = torch.compile(model.model.layers[0].mlp, backend="eager")(rows)
+        wanted = plain.model.layers[0].mlp(rows)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert traced == [False]
+    del engine._forward
+    spac.detach(model)
+
+
 @NO_GPU
 def test_threads_sleep_when_a_window_was_given_up():
     """As of a worker beside a GPU, whose threads stay awake during a window."""
