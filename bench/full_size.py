@@ -153,7 +153,7 @@ def _table(args: argparse.Namespace, job: Job, gammas: list[int], length: int) -
     for _, module in find_experts(made.model):
         module.__dict__.pop("_spac_binding", None)
     for index, (_, module) in enumerate(find_experts(made.model)):
-        binding: Any = Binding(job.routing, index)  # type: ignore[arg-type]
+        binding: Any = Binding(job.routing, index, module)  # type: ignore[arg-type]
         module.__dict__["_spac_binding"] = binding
     everything = len(made.store.layouts) * layout.num_experts
     dense = _dense_bytes(made)

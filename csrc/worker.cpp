@@ -21,8 +21,7 @@ struct Registry {
   int64_t last = 0;
 };
 Registry& registry() {
-  static auto* const all = new Registry;
-  return *all;
+  return per_process<Registry>();
 }
 
 Owned& find(int64_t id) {

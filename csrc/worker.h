@@ -96,7 +96,7 @@ class Worker {
   uint32_t window(ExpertFfn& ffn, uint32_t n) {
     for (size_t layer = 0; layer < layers_.size();) {
       uint32_t rung = 0;
-      await([&] { return (rung = bell(layer)) / 2 >= n || bell(0) / 2 > n; });
+      await(ffn, [&] { return (rung = bell(layer)) / 2 >= n || bell(0) / 2 > n; });
       if (closing_) return n;
       if (const uint32_t first = bell(0); first / 2 > n) {
         rung = first;
@@ -112,17 +112,24 @@ class Worker {
     return n;
   }
 
+  // The device may have given the window up: then all threads sleep until the next one.
   template <class Ready>
-  void await(Ready ready) const {
+  void await(ExpertFfn& ffn, Ready ready) const {
     using namespace std::chrono;
     const auto start = steady_clock::now();
     const auto patience = eager_ ? milliseconds(200) : milliseconds(2);
+    bool patient = true;
     while (!ready() && !closing_) {
-      if (steady_clock::now() - start > patience)
+      if (!patient) {
         std::this_thread::sleep_for(microseconds(50));
-      else
+      } else if (steady_clock::now() - start > patience) {
+        patient = false;
+        ffn.stay_awake(false);
+      } else {
         for (int i = 0; i < 16; ++i) cpu_pause();
+      }
     }
+    if (!patient) ffn.stay_awake(eager_);
   }
 
   void answer(ExpertFfn& ffn, size_t layer, const Window& window, int64_t* times) {

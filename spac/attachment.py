@@ -50,21 +50,40 @@ class _NotCopied:
         )
 
 
-@dataclass
 class Binding(_NotCopied):
     """Tells an experts module which engine runs it, as which layer."""
 
-    engine: Engine
-    layer: int
+    def __init__(self, engine: Engine, layer: int, module: Any) -> None:
+        self.engine, self.layer = engine, layer
+        self._weights = _fingerprint(module)
+
+    def check(self, module: Any) -> None:
+        """RuntimeError if the weights are not those of the host store any more: slots hold copies
+        of these."""
+        if _fingerprint(module) != self._weights:
+            raise RuntimeError(
+                f"spac: the experts of layer {self.layer} were moved, converted or changed while "
+                "the model was attached; call spac.detach(model), then attach again"
+            )
+
+
+def _fingerprint(module: Any) -> list[tuple[int, int]]:
+    """Changes when the parameters of experts are given other memory, or are written to."""
+    parameters = expert_parameters(module).values()
+    try:
+        return [(p.data_ptr(), p._version) for p in parameters]
+    except RuntimeError:  # made in inference mode: torch does not count what is written
+        return [(p.data_ptr(), 0) for p in parameters]
 
 
 @dataclass
 class Attachment(_NotCopied):
     """What `attach` changed on a model, for `detach` and `stats`."""
 
-    engine: Engine | None
-    budget: Budget | None
     experts: list[tuple[str, Experts]]
+    budget: Budget | None = None
+    store: HostStore | None = None  # None: the experts stay where they are
+    engine: Engine | None = None
     configs: list[Any] = field(default_factory=list)  # those of the experts, where replaced
     home: torch.device | None = None  # of all parameters
     devices: dict[str, torch.device] = field(default_factory=dict)
@@ -84,8 +103,12 @@ class Attachment(_NotCopied):
         if not self.lock.acquire(blocking=False):
             raise RuntimeError(f"spac: {what}: this model is generating; wait for it or stop it")
         try:
+            if self.engine is not None:
+                self.engine.owner = threading.get_ident()
             yield
         finally:
+            if self.engine is not None:
+                self.engine.owner = None
             self.lock.release()
 
 
@@ -138,10 +161,14 @@ def attach(
     shape = (len(layouts), layouts[0].num_experts, router_top_k(model))
     known = None if profile is None else find_profile(profile, *shape)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if target.type == "cuda" and target.index not in (None, torch.cuda.current_device()):
+        raise ValueError(
+            f"attach: device {target} is not torch's current one, on which kernels run; "
+            f"call torch.cuda.set_device({target.index}) first"
+        )
     quantized = config.weights != "float"
     if target.type == "cpu" and gpu_budget is None and not quantized:
-        state = Attachment(None, None, experts)
-        _take_over(model, state, quantized=False)
+        _take_over(model, Attachment(experts), quantized=False)
         return model
     total = None if gpu_budget is None else parse_bytes(gpu_budget)
     if target.type == "cpu" and total is None:
@@ -153,12 +180,14 @@ def attach(
     parameters = [expert_parameters(module) for _, module in experts]
     expert_ids = {id(p) for layer in parameters for p in layer.values()}
     budget = plan_budget(model, total, config, draft)
-    state = Attachment(None, budget, experts)
+    store = HostStore(layouts, target.type == "cuda", sources)
+    state = Attachment(experts, budget, store)
     named = dict(model.named_parameters())
     state.home = next(iter(named.values())).device
     state.devices = {n: t.device for n, t in (*named.items(), *model.named_buffers())}
     state.requires_grad = {n: (p, p.requires_grad) for n, p in named.items()}
-    store = HostStore(layouts, target.type == "cuda", sources)
+    # First: whatever happens from here on, `detach` can undo it.
+    model.__dict__["_spac_attachment"] = state
     try:
         experts_bytes = sum(p.nbytes for layer in parameters for p in layer.values())
         for layer in progress(parameters, "host store", show=experts_bytes > _SHOW_FROM):
@@ -179,10 +208,10 @@ def attach(
         state.orphan.atexit = False  # the engine sees to that itself
         model.requires_grad_(False)
         for index, (_, module) in enumerate(experts):
-            module.__dict__["_spac_binding"] = Binding(state.engine, index)
+            module.__dict__["_spac_binding"] = Binding(state.engine, index, module)
         _take_over(model, state, quantized)
     except BaseException:
-        _undo(model, store, state)
+        detach(model)
         raise
     return model
 
@@ -245,18 +274,18 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if state is None:
         raise ValueError("detach: this model is not attached")
     with state.in_use("detach"):
-        if state.engine is None:
-            _give_over(model, state)
-        else:
-            _undo(model, state.engine.store, state)
+        _undo(model, state)
         del model.__dict__["_spac_attachment"]  # last: interrupted before, detach can be repeated
     return model
 
 
-def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
+def _undo(model: PreTrainedModel, state: Attachment) -> None:
     """Stop the engine and give everything back, as far as attach, or a detach that was interrupted,
     had come."""
     _give_over(model, state)
+    store = state.store
+    if store is None:
+        return
     if state.engine is not None:
         state.engine.close()
     if state.orphan is not None:
@@ -270,10 +299,11 @@ def _undo(model: PreTrainedModel, store: HostStore, state: Attachment) -> None:
         draft.to(device)
     known = {id(parameter): flag for parameter, flag in state.requires_grad.values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in known:
-            parameter.requires_grad_(known[id(parameter)])
-        elif name in state.requires_grad:
-            parameter.requires_grad_(state.requires_grad[name][1])
+        with torch.inference_mode(parameter.is_inference()):  # elsewhere torch refuses it
+            if id(parameter) in known:
+                parameter.requires_grad_(known[id(parameter)])
+            elif name in state.requires_grad:
+                parameter.requires_grad_(state.requires_grad[name][1])
     store.close()
 
 

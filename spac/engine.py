@@ -120,9 +120,11 @@ class Engine:
         shape = num_layers, config.max_window, top_k
         self._window_ids = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._width, self._last_width, self._began = 0, 0, 0.0
+        self._layer = -1  # that ran last, not by flags
         self._clock = WorkClock()
         self._staging: Staging | None = None
         self._forwarding = threading.Lock()
+        self.owner: int | None = None  # the thread that generates: others' forwards are refused
         self._process = os.getpid()
         if self._cuda:
             self._staging = Staging(config.max_window, layouts[0].hidden, top_k)
@@ -147,7 +149,13 @@ class Engine:
                 "spac: this model was attached before a fork, and its threads are in the other "
                 "process; call spac.detach(model) here, then attach again"
             )
-        if not self._forwarding.acquire(blocking=False):
+        if hidden.device != self.pool.memory.device:
+            raise RuntimeError(
+                f"spac: hidden rows on {hidden.device}, slots on {self.pool.memory.device}: the "
+                "model was moved while attached; call spac.detach(model), then attach again"
+            )
+        mine = self.owner in (None, threading.get_ident())
+        if not mine or not self._forwarding.acquire(blocking=False):
             raise RuntimeError("spac: this model is already running a forward in another thread")
         try:
             return self._forward(layer, hidden, ids.to(torch.int32), weights.float())
@@ -161,8 +169,9 @@ class Engine:
         if layer == 0 and not prefill:
             self._begin_window(hidden.shape[0])
             self.launched()
-        elif layer == 0:
+        elif layer == 0 or layer != self._layer + 1:  # another forward has come between
             self._learn()  # before the first change is published
+        self._layer = layer
         self.pool.publish(layer)
         if prefill:
             return self._prefill(layer, hidden, ids, weights)
@@ -242,8 +251,8 @@ class Engine:
 
     def note(self, track: str, name: str, start: float) -> None:
         """For `spac.spans`: what began at `start` (time.perf_counter) has ended now."""
-        if self.spans is not None:
-            self.spans.append((track, name, start, time.perf_counter()))
+        if (spans := self.spans) is not None:  # once: the copy thread calls this as well
+            spans.append((track, name, start, time.perf_counter()))
 
     # The forward by flags (spac.target): between `begin_window` and `check` the host program
     # does nothing for a layer, so that a CUDA graph can hold all of them.
@@ -257,6 +266,9 @@ class Engine:
     def begin_window(self, width: int) -> None:
         """Before a forward by flags over `width` tokens: every layer's slot changes, the bell."""
         assert self.handoff is not None
+        if width > self.config.max_window:
+            raise ValueError(f"width: at most max_window={self.config.max_window}, got {width}")
+        self._layer = -1
         self._begin_window(width)
         if self.pool.changed:
             self.drafts.learn()
@@ -287,6 +299,7 @@ class Engine:
         """Undo what windows changed since `save`."""
         self.windows, memory = saved
         self._learn()  # what has changed places stays where it is
+        self._clock.times = None
         self._state.memory.copy_(memory)
         self._state.exchanged.fill_(-1)
 
@@ -376,8 +389,8 @@ class Engine:
             return  # after a fork: the threads, and a GPU's context, belong to the other process
         self.copier.close()
         self.control.close()
+        if self._cuda:  # Ctrl-C may have left a window, which needs its answers
+            torch.cuda.synchronize(self.device)
         if self.handoff is not None:
             self.handoff.close()
-        if self._cuda:
-            torch.cuda.synchronize(self.device)
         _open.discard(self)

@@ -104,6 +104,7 @@ class HandOff:
         for target, source in zip(host, (hidden, ids, weights), strict=True):
             if some:
                 target.copy_(source)
+        # A plain store: x86 keeps it behind the rows.
         self.bell[layer] = 2 * self._window[0] + int(some)
 
     def join(self, layer: int, partial: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

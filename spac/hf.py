@@ -35,7 +35,7 @@ def experts_forward(
                 "spac: an attached model has no gradients; use torch.no_grad(), or train after "
                 'spac.detach(model) with experts_implementation="spac"'
             )
-        return _attached(binding, hidden_states, top_k_index, top_k_weights)
+        return _attached(self, binding, hidden_states, top_k_index, top_k_weights)
     layout, weights = expert_layout(self), expert_parameters(self)
     return ops.expert_ffn(
         hidden_states,
@@ -54,7 +54,10 @@ def experts_forward(
 
 
 @torch.compiler.disable(reason="spac: the engine of an attached model runs outside of graphs")
-def _attached(binding: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _attached(
+    module: nn.Module, binding: Any, hidden: Tensor, ids: Tensor, weights: Tensor
+) -> Tensor:
+    binding.check(module)
     return binding.engine.forward(binding.layer, hidden, ids, weights)
 
 

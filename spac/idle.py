@@ -93,7 +93,7 @@ class Drafts:
             self._end = _Moment(self._pool.memory.is_cuda)
         if self._pool.quiet:  # the host is ahead of the draft: the copy thread may have Python
             self._copier.begun.wait(max(self._until - time.perf_counter(), 0.0))
-        if self._state is None:
+        else:  # not even if the state is known: a window that came to no end has run since
             self._send()
 
     def learn(self) -> LayerState | None:

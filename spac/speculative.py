@@ -23,7 +23,8 @@ from spac.target import EagerTarget, NotCapturable, StaticTarget, Target, keeps_
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_MAX_GAMMA = 16
+_MAX_GAMMA = 16  # of "auto"
+_MOST_DRAFTED = 64
 
 
 @dataclass
@@ -92,15 +93,16 @@ def generate(
 
     model: a transformers causal LM, attached or not. draft: a causal LM with the same tokenizer,
     "ngram" (prompt lookup) or None. num_draft_tokens: draft length gamma >= 0, or "auto", which
-    chooses it, 0 included, by predicted speed. Greedy output is the target's own greedy choice,
-    whatever the draft; with `do_sample` its distribution is the target's (temperature, top_k,
-    top_p; 0 and 1.0 switch the last two off). seed: the sampled text depends on it alone, the same
-    for every draft and draft length (`spac.sampling.Seeded`, on one kind of device); without one,
-    the standard rule accepts a little more, on torch's global random numbers. eos_token_id:
-    default from the model's generation_config. streamer: a transformers streamer. With
-    `return_result` the whole `GenerationResult` comes back; `spac.stats(model)` keeps it too for
-    an attached model. Raises ValueError for a bad argument or a draft with another vocabulary,
-    RuntimeError if the model is generating already.
+    chooses it, 0 included, by predicted speed; for an attached model at most max_window - 1.
+    Greedy output is the target's own greedy choice, whatever the draft; with `do_sample` its
+    distribution is the target's (temperature, top_k, top_p; 0 and 1.0 switch the last two off).
+    seed: the sampled text depends on it alone, the same for every draft and draft length
+    (`spac.sampling.Seeded`, on one kind of device); without one, the standard rule accepts a little
+    more, on torch's global random numbers. eos_token_id: default from the model's
+    generation_config. streamer: a transformers streamer. With `return_result` the whole
+    `GenerationResult` comes back; `spac.stats(model)` keeps it too for an attached model.
+    Raises ValueError for a bad argument or a draft with another vocabulary, RuntimeError if the
+    model is generating already, or its weights were changed while attached.
     """
     _check_ids(input_ids, model)
     check_options(num_draft_tokens, max_new_tokens, temperature, top_k, top_p)
@@ -115,7 +117,8 @@ def generate(
     engine = state.engine if state is not None else None
     length = input_ids.shape[1] + max_new_tokens
     drafter = _drafter(model, draft, warp, generator, state, length)
-    chooser = _GammaChooser(num_draft_tokens, isinstance(drafter, NoDraft))
+    most = _MOST_DRAFTED if engine is None else min(engine.config.max_window - 1, _MOST_DRAFTED)
+    chooser = _GammaChooser(num_draft_tokens, 0 if isinstance(drafter, NoDraft) else most)
     eos = _eos_ids(model, eos_token_id)
 
     tokens = input_ids.to(device)[0]
@@ -186,10 +189,15 @@ def _target(model: PreTrainedModel, state: Attachment | None, length: int) -> Ta
     if wanted is False or (wanted is None and engine.device.type != "cuda"):
         return EagerTarget(model)
     try:
-        if any(m._forward_hooks or m._forward_pre_hooks for _, m in find_experts(model)):
-            raise NotCapturable("hooks on its experts would not see the windows of a graph")
+        for _, module in find_experts(model):
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise NotCapturable("hooks on its experts would not see the windows of a graph")
+            if (binding := module.__dict__.get("_spac_binding")) is not None:
+                binding.check(module)  # nor would this
         if length + engine.config.max_window > room:
             raise NotCapturable(f"{length} tokens and a window are more than max_length={room}")
+        if id(model) in state.targets and state.targets[id(model)].outdated:
+            del state.targets[id(model)]
         if id(model) not in state.targets:
             own = engine if attachment(model) is state else None
             state.targets[id(model)] = StaticTarget(model, own, room, engine.config.fuse_windows)
@@ -246,16 +254,15 @@ def _append(
 
 
 class _GammaChooser:
-    """A fixed draft length, or the controller's."""
+    """A fixed draft length, or the controller's; at most `most`."""
 
-    def __init__(self, num_draft_tokens: int | str, no_draft: bool) -> None:
+    def __init__(self, num_draft_tokens: int | str, most: int) -> None:
         self._auto = None
         self._fixed = 0
-        if not no_draft:
-            if num_draft_tokens == "auto":
-                self._auto = DraftLengthController(max_gamma=_MAX_GAMMA)
-            else:
-                self._fixed = int(num_draft_tokens)
+        if num_draft_tokens == "auto" and most:
+            self._auto = DraftLengthController(max_gamma=min(_MAX_GAMMA, most))
+        elif num_draft_tokens != "auto":
+            self._fixed = min(int(num_draft_tokens), most)
 
     def choose(self) -> int:
         return self._fixed if self._auto is None else self._auto.choose()
@@ -329,9 +336,11 @@ def check_options(
 ) -> None:
     """ValueError for what `generate` cannot take, which needs no model to say so."""
     if num_draft_tokens != "auto" and (
-        not isinstance(num_draft_tokens, int) or not 0 <= num_draft_tokens <= 64
+        not isinstance(num_draft_tokens, int) or not 0 <= num_draft_tokens <= _MOST_DRAFTED
     ):
-        raise ValueError(f'num_draft_tokens: expected 0..64 or "auto", got {num_draft_tokens!r}')
+        raise ValueError(
+            f'num_draft_tokens: expected 0..{_MOST_DRAFTED} or "auto", got {num_draft_tokens!r}'
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: must be at least 1, got {max_new_tokens}")
     if not temperature > 0:

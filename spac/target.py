@@ -143,6 +143,7 @@ class StaticTarget:
         if fuse is not False and can_run(model):
             self._ways.insert(0, few_launches)
         self._own_lengths = False
+        self._weights = _weights(model)  # that graphs read
         device = model.device
         # One tensor for all layers: forgetting is one launch.
         self._lengths = torch.zeros(len(self.cache.layers), dtype=torch.int64, device=device)
@@ -155,6 +156,11 @@ class StaticTarget:
             self._open_captures()
             self._ended = torch.cuda.Event(blocking=True)
         self.reasons: list[str] = []  # of windows that could not be captured
+
+    @property
+    def outdated(self) -> bool:
+        """The model's weights were moved, converted or replaced since."""
+        return self._weights != _weights(self.model)
 
     @property
     def captured(self) -> list[int]:
@@ -224,9 +230,11 @@ class StaticTarget:
                 with way(self.model):
                     self._capture(window, width, own_lengths=way is few_launches)
                 return
-            except (RuntimeError, TritonError) as error:
-                reason = _first_line(error)
+            except BaseException as error:
                 self._forget_capture()
+                if not isinstance(error, (RuntimeError, TritonError)):
+                    raise  # Ctrl-C
+                reason = _first_line(error)
                 if way is not ways[-1]:
                     self._ways.remove(way)
                     log.warning("spac: windows without %s: %s", way.__name__, reason)
@@ -321,16 +329,30 @@ class _Recorder:
         self.graphs.append(torch.cuda.CUDAGraph())
         # The copy thread and the worker go on calling CUDA meanwhile.
         mode = "thread_local"
+        self._before = torch.cuda.current_stream()
         self._capture = torch.cuda.graph(self.graphs[-1], self._pool, self._stream, mode)
         self._capture.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._capture.__exit__(*error)
+        """What fails inside makes the end of the capture fail, which would hide it, be it Ctrl-C,
+        and leave the capture's stream the current one."""
+        try:
+            self._capture.__exit__(*error)
+        except RuntimeError:
+            if error[0] is None:
+                raise
+        finally:
+            torch.cuda.set_stream(self._before)
 
     def cut(self) -> None:
         self.__exit__(None, None, None)
         self.__enter__()
+
+
+def _weights(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
+    """Where the weights are, and what: a graph reads them there."""
+    return [(t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())]
 
 
 def _first_line(error: BaseException) -> str:

@@ -130,6 +130,14 @@ def test_refusals_are_one_clear_line(tiny_moe):
     spac.detach(model)
 
 
+def test_another_gpu_must_be_the_current_one(tiny_moe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    model = tiny_moe()
+    with pytest.raises(ValueError, match=r"device cuda:1 .* torch.cuda.set_device\(1\) first"):
+        spac.attach(model, "1GiB", device="cuda:1")
+    assert attachment(model) is None
+
+
 def test_a_broken_copy_thread_is_an_error_not_a_hang(tiny_moe):
     model = tiny_moe()
     attach(model)

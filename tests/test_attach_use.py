@@ -117,18 +117,6 @@ def test_detach_after_the_model_was_changed(tiny_moe):
     assert projection.weight.grad is not None
 
 
-def test_inference_mode_may_begin_and_end_anywhere(tiny_moe):
-    model, plain = tiny_moe(), tiny_moe()
-    expected = plain.generate(IDS, max_new_tokens=8, do_sample=False).tolist()
-    with torch.inference_mode():
-        attach(model, static_windows=True)
-        assert spac.generate(model, IDS, max_new_tokens=8, draft="ngram").tolist() == expected
-    assert spac.generate(model, IDS, max_new_tokens=8, draft="ngram").tolist() == expected
-    with torch.inference_mode():
-        spac.detach(model)
-    model(IDS).logits.sum().backward()
-
-
 class Doubled(torch.nn.Module):
     def forward(self, weight):
         return 2 * weight

@@ -238,6 +238,26 @@ def test_the_state_is_read_once(draft):
         assert [int(told.unique()) for told in pull.told] == list(range(window + 1))
 
 
+@pytest.mark.parametrize("later", ["a draft", "no draft"])
+def test_a_window_that_came_to_no_end_is_learnt(later):
+    """The host knew the state when it began, from a draft; it was launched, and Ctrl-C came."""
+    pool, pull = SlotPool([LAYOUT], 2, torch.device("cpu")), Learnt()
+    state = LayerState.new(1, EXPERTS, 1, torch.device("cpu"))
+    drafts = Drafts(pool, Thread(), state, pull)
+    drafts.wanted = True
+    drafts.begin(3)
+    drafts.launched()
+    drafts.end()
+    pool.publish()
+    state.exchanged.fill_(6)
+    if later == "a draft":
+        drafts.begin(3)
+        drafts.launched()
+    drafts.end()
+    drafts.take()
+    assert [int(told.unique()) for told in pull.told] == [-1, 6]
+
+
 def test_what_an_interrupted_window_left_is_learnt_first():
     pool, pull = SlotPool([LAYOUT], 2, torch.device("cpu")), Learnt()
     state = LayerState.new(1, EXPERTS, 1, torch.device("cpu"))

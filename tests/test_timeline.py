@@ -40,6 +40,22 @@ def test_timeline_holds_every_side(tiny_moe, tmp_path, static):
         pass
 
 
+def test_a_recording_may_end_while_the_copy_thread_notes(tiny_moe):
+    model, spans, looks = attach(tiny_moe(), 0.3), [], []
+    engine = attachment(model).engine
+
+    class Ending(type(engine)):
+        @property
+        def spans(self):
+            looks.append(0)
+            return spans if len(looks) == 1 else None
+
+    engine.__class__ = Ending
+    engine.note("link", "3 experts", 0.0)
+    assert [span[:2] for span in spans] == [("link", "3 experts")]
+    engine.close()
+
+
 def test_prometheus(tiny_moe):
     model = attach(tiny_moe(), 0.3)
     spac.generate(model, torch.randint(0, 96, (1, 40)), max_new_tokens=30)
