@@ -42,7 +42,7 @@ _SHOW_FROM = 4 << 30  # bytes of experts from which moving them takes seconds
 
 
 class _NotCopied:
-    """Refuses copy.deepcopy and pickle, which meet it in the model."""
+    """Refuses to be copied, which is how whoever copies or stores the model is told."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(
