@@ -138,7 +138,9 @@ class Worker {
     FfnCall call = layers_[layer];
     call.x = mail_.x;
     call.x_dtype = mail_.x_dtype;
-    call.ids = mail_.ids;
+    // A device that has given a late answer up writes new ones: they are looked at more than once.
+    ids_.assign(mail_.ids, mail_.ids + window.width * mail_.k);
+    call.ids = ids_.data();
     call.weights = mail_.weights;
     call.tokens = window.width;
     call.k = mail_.k;
@@ -151,6 +153,7 @@ class Worker {
   const Mailbox mail_;
   const bool eager_;
   std::vector<FfnCall> layers_;
+  std::vector<int32_t> ids_;  // of the layer that is computed
   Window windows_[kWindows] = {};
   std::atomic<uint32_t> begun_{0};
   std::atomic<bool> closing_{false}, failed_{false};
