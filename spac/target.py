@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from spac.attention import grouped
 from spac.decoder import MOST_TOKENS, can_run, few_launches
@@ -64,6 +64,12 @@ class EagerTarget:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.cache = model, DynamicCache(config=model.config)
+        # Sliding layers keep all, as the mask sees to their window: what they have left cannot be
+        # rolled back after several forwards (transformers before 5.18).
+        self.cache.layers = [
+            DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
+            for layer in self.cache.layers
+        ]
         self._length = 0
         # Said, since vision models count on from the text they saw last.
         self._positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -72,7 +78,7 @@ class EagerTarget:
         for chunk in tokens.split(PREFILL_CHUNK):
             logits = self._forward(chunk, keep=1)
         if not keeps_state(self.model):
-            # Layers that only keep a window: from here on until `finish`, what it has left as well.
+            # Convolutions keep what they need; from here on until `finish` what was before, too.
             self.cache.activate_past_recording()
         return logits[-1:]
 
