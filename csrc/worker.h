@@ -126,7 +126,7 @@ class Worker {
         patient = false;
         ffn.stay_awake(false);
       } else {
-        for (int i = 0; i < 16; ++i) cpu_pause();
+        for (int i = 0; i < 16 && !ready(); ++i) cpu_pause();
       }
     }
     if (!patient) ffn.stay_awake(eager_);
