@@ -117,3 +117,66 @@ def test_derivatives_that_are_not_computed_are_refused(device):
             refused()
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
         f(forward_ad.make_dual(x, x))
+
+
+ERRORS = {
+    "bias": ({"gate_up_bias": (6, 8)}, r"gate_up_bias: expected \[6, 16\], got \[6, 8\]"),
+    "down bias": ({"down_bias": (6, 1)}, r"down_bias: expected \[6, 16\], got \[6, 1\]"),
+    "odd": ({"gate_up": (6, 17, 16)}, r"gate_up: expected as many gate as up rows, got 17 in"),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "torch"])
+@pytest.mark.parametrize("name", ERRORS)
+def test_parameters_that_do_not_fit(name, backend, device):
+    shapes, message = ERRORS[name]
+    names = ("x", "ids", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
+    args = dict(zip(names, inputs(device, True), strict=True))
+    args |= {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        ops.expert_ffn(**args, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32], ids=str)
+def test_ids_of_other_types_are_refused(dtype, device):
+    x, ids, *rest = inputs(device, False)
+    for backend in ("triton", "cpu", "torch"):
+        with pytest.raises(ValueError, match=f"ids: expected int32 or int64, got {dtype}"):
+            ops.expert_ffn(x, ids.to(dtype), *rest, backend=backend)
+
+
+VIEWS = {
+    "strided biases": lambda *p: (*p[:2], *(torch.stack([b, b + 1], -1)[..., 0] for b in p[2:])),
+    "biases of one row": lambda *p: (*p[:2], *(b[:1].expand_as(b) for b in p[2:])),
+    "one expert for all": lambda *p: (*(w[:1].expand_as(w) for w in p[:2]), *p[2:]),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("tokens", [5, 18])  # both paths
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_as_parameters(name, tokens, backend, device):
+    if device == "cuda" and backend == "cpu":
+        pytest.skip("tensors of the GPU")
+    results = []
+    x, ids, weights, *parameters = inputs(device, True, tokens)
+    for views, of in (
+        (VIEWS[name], backend),
+        (lambda *p: map(torch.clone, VIEWS[name](*p)), "torch"),
+    ):
+        y = ops.expert_ffn(x, ids, weights, *views(*parameters), backend=of)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, weights, *parameters])])
+    for ours, truth in zip(*results, strict=True):
+        assert (ours - truth).norm() <= 1e-5 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("tokens", [0, 5, 18])
+def test_no_pairs(tokens, backend, device):
+    if device == "cuda" and backend == "cpu":
+        pytest.skip("tensors of the GPU")
+    x, ids, weights, *parameters = inputs(device, True, tokens)
+    y = ops.expert_ffn(x, ids[:, :0], weights[:, :0], *parameters, backend=backend)
+    assert y.shape == x.shape and not y.any()
+    for grad in torch.autograd.grad(y.sum(), [x, *parameters]):
+        assert not grad.any()
