@@ -96,6 +96,15 @@ def test_opcheck_of_the_backward(device):
         torch.library.opcheck(torch.ops.spac.expert_ffn_backward.default, args)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_strides_of_the_gradients_are_those_that_compilers_expect(backend, device):
+    x, ids, weights, *rest = (t if t is None else t.detach() for t in inputs(device, True))
+    x, weights = (t.mT.contiguous().mT for t in (x, weights))
+    args = (torch.randn_like(x), x, ids, weights, *rest, *OPTIONS.values(), False, False, backend)
+    operator = torch.ops.spac.expert_ffn_backward.default
+    torch.library.opcheck(operator, (*args, False), test_utils="test_faketensor")
+
+
 def test_derivatives_that_are_not_computed_are_refused(device):
     x, ids, weights, *parameters = inputs(device, False)
     (first,) = torch.autograd.grad(
