@@ -124,8 +124,12 @@ def test_derivatives_that_are_not_computed_are_refused(device):
     ):
         with pytest.raises(RuntimeError, match=r"torch\.func or in forward mode"):
             refused()
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
-        f(forward_ad.make_dual(x, x))
+    with forward_ad.dual_level():
+        for position in (0, 5):  # x, a bias
+            args = [t if t is None else t.detach() for t in inputs(device, True)]
+            args[position] = forward_ad.make_dual(args[position], args[position])
+            with pytest.raises(RuntimeError, match="forward mode"):
+                ops.expert_ffn(*args)
 
 
 ERRORS = {
