@@ -1,11 +1,14 @@
 """The operators as torch sees them: schema, fake tensors, autograd, torch.compile."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spac import ops
+from spac.kernels import expert_ffn, expert_ffn_backward
 
 OPTIONS = {"activation": "silu", "alpha": 0.0, "limit": 0.0}
 
@@ -156,6 +159,51 @@ def test_ids_of_other_types_are_refused(dtype, device):
     for backend in ("triton", "cpu", "torch"):
         with pytest.raises(ValueError, match=f"ids: expected int32 or int64, got {dtype}"):
             ops.expert_ffn(x, ids.to(dtype), *rest, backend=backend)
+
+
+def test_tensors_of_several_devices_are_refused(device):
+    args = inputs(device, True)
+    for i in range(len(args)):
+        mixed = [t.to("meta") if i == j else t for j, t in enumerate(args)]
+        with pytest.raises(ValueError, match="tensors: expected one device, got .*'meta'"):
+            ops.expert_ffn(*mixed, backend="triton")
+
+
+def test_kernels_run_where_their_tensors_are(device, monkeypatch):
+    """Triton launches on the current device."""
+    inside, launched = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, name in ((expert_ffn, "expert_ffn"), (expert_ffn_backward, "expert_ffn_backward")):
+        original = getattr(module, name)
+
+        def recorded(*args, original=original, **kwargs):
+            launched.append(inside[-1:])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, recorded)
+    x, *rest = inputs(device, False)
+    ops.expert_ffn(x, *rest, backend="triton").sum().backward()
+    assert launched == [[x.device]] * 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    args = inputs("cuda:0", True)
+    there = [t.detach().to("cuda:1").requires_grad_(t.requires_grad) for t in args]
+    for tensors in (args, there):
+        ops.expert_ffn(*tensors).square().sum().backward()
+    assert all(
+        torch.equal(a.grad.cpu(), b.grad.cpu())
+        for a, b in zip(args, there, strict=True)
+        if a.is_leaf and a.requires_grad
+    )
 
 
 VIEWS = {
