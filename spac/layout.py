@@ -334,7 +334,7 @@ class ExpertTable:
             bias_up_offset=1 if layout.interleaved else layout.intermediate,
             align=math.gcd(base, skew, _SECTION_ALIGN),
             owner=(gate_up, down, gate_up_bias, down_bias),
-            slots=Slots(address, gate_up, down) if skew else None,
+            slots=Slots(address, gate_up, down) if skew and down.stride(0) else None,
             **bias,
         )
 

@@ -344,9 +344,12 @@ def test_which_tables_have_descriptors(device):
     padded = ExpertTable.from_parameters(
         ExpertLayout(3, 64, 20, torch.float16), gate_up[:, :40], down[..., :20]
     )
+    gate_up, down = parameters(plain.layout, device)
+    expanded = [(gate_up[:1].expand_as(gate_up), down), (gate_up, down[:1].expand_as(down))]
     others = [
-        table(hidden=72),
+        *(ExpertTable.from_parameters(plain.layout, *tensors) for tensors in expanded),
         padded,
+        table(hidden=72),
         table(dtype=torch.float32),
         table(bias=True),
         table(transposed=True),
