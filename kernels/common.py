@@ -19,15 +19,15 @@ from spac.kernels.dot import dot
 
 @triton.jit
 def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
-    """act(gate) * up in fp32, as `spac.reference.activate`."""
+    """act(gate) * up in fp32, as `spac.reference.activate`; NaN goes through, as on the CPU."""
     if ACTIVATION == "swiglu_clamp":
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
         return (up + 1) * gate * tl.sigmoid(alpha * gate)
     elif ACTIVATION == "silu":
         return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "relu":
-        return tl.maximum(gate, 0.0) * up
+        return tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL) * up
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
     else:
@@ -39,17 +39,17 @@ def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
 def activate_backward(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     """Derivatives of `activate` by gate and by up, as `spac.reference.activate_backward`."""
     if ACTIVATION == "swiglu_clamp":
-        g = tl.minimum(gate, limit)
-        u = tl.minimum(tl.maximum(up, -limit), limit)
+        g = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
         s = tl.sigmoid(alpha * g)
         d_gate = (u + 1) * s * (1 + alpha * g * (1 - s))
-        d_gate = tl.where(gate <= limit, d_gate, 0.0)
-        return d_gate, tl.where(tl.abs(up) <= limit, g * s, 0.0)
+        d_gate = tl.where(gate > limit, 0.0, d_gate)
+        return d_gate, tl.where(tl.abs(up) > limit, 0.0, g * s)
     elif ACTIVATION == "silu":
         s = tl.sigmoid(gate)
         return s * (1 + gate * (1 - s)) * up, gate * s
     elif ACTIVATION == "relu":
-        return tl.where(gate > 0, up, 0.0), tl.maximum(gate, 0.0)
+        return tl.where(gate > 0, up, 0.0), tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
         slope = cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327  # 1 / sqrt(2 pi)

@@ -40,8 +40,8 @@ def expert_ffn(
     check_pairs(x, ids, weights, table)
     T, H = x.shape
     y = torch.empty(T, H, dtype=out_dtype or x.dtype, device=x.device)
-    if T == 0:
-        return y
+    if ids.numel() == 0:
+        return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
     ids, weights = ids.contiguous(), weights.contiguous()
     config = config or choose(x, ids, table)

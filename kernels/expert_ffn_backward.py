@@ -206,8 +206,8 @@ def expert_ffn_backward(
         None if frozen or p is None else torch.empty_like(p)
         for p in (gate_up, down, gate_up_bias, down_bias)
     )
-    if T == 0:
-        for g in (d_gate_up, d_down, *biases):
+    if ids.numel() == 0:
+        for g in (dx, d_gate_up, d_down, *biases):
             if g is not None:
                 g.zero_()
         return dx, dweights, d_gate_up, d_down, biases[0], biases[1]

@@ -202,9 +202,14 @@ def has_descriptors(table: Any, block_k: int = 64) -> bool:
         return False
     if layout.transposed or layout.bias or layout.dtype == torch.float32:
         return False
-    return layout.hidden % block_k == 0 and all(
-        w.stride(2) == 1 and not any(s % 8 for s in w.stride()[:2]) and w.data_ptr() % 16 == 0
-        for w in (slots.gate_up, slots.down)
+    # Rows of the hidden layer [P, I] come through a descriptor as well.
+    return (
+        layout.hidden % block_k == 0
+        and layout.intermediate % 8 == 0
+        and all(
+            w.stride(2) == 1 and not any(s % 8 for s in w.stride()[:2]) and w.data_ptr() % 16 == 0
+            for w in (slots.gate_up, slots.down)
+        )
     )
 
 

@@ -92,7 +92,8 @@ def _split_window_kernel(
     for p0 in range(0, num_pairs, BLOCK_P):
         for p1 in tl.static_range(0, BLOCK_P, _LANES):
             offs_p = p0 + p1 + tl.arange(0, _LANES)
-            ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1).to(tl.int32)
+            ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1)
+            ids = tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
             found += (ids[None, :] == offs[:, None]).to(tl.int32)
     n = tl.where(mask, tl.sum(found, axis=1), 0)
     used, here = n > 0, slot != 0
@@ -150,10 +151,10 @@ def _split_window_kernel(
         new = tl.load(new_ptr + worth, mask=leaves, other=0)
     for p0 in range(0, num_pairs, BLOCK_P):
         offs_p = p0 + tl.arange(0, BLOCK_P)
-        ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1).to(tl.int32)
+        ids = tl.load(ids_ptr + offs_p, mask=offs_p < num_pairs, other=-1)
         left = tl.load(left_ptr + ids, mask=(ids >= 0) & (ids < E), other=0)
-        minus = tl.full((BLOCK_P,), -1, tl.int32)
-        tl.store(cpu_ptr + offs_p, tl.where(left > 0, ids, minus), mask=offs_p < num_pairs)
+        cpu_ids = tl.where(left > 0, ids, -1).to(tl.int32)
+        tl.store(cpu_ptr + offs_p, cpu_ids, mask=offs_p < num_pairs)
     if PLACES > 0:
         swap = swap & (key > (old >> 32).to(tl.int32).to(tl.float32, bitcast=True))
         leaving = leaves & ((new >> 32).to(tl.int32).to(tl.float32, bitcast=True) > key)

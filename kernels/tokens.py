@@ -30,13 +30,14 @@ from spac.kernels.pull import place_args, wait_for_place
 
 
 @triton.jit
-def _load_ids(ids_ptr, T, K, BLOCK_M: tl.constexpr, CHOICES: tl.constexpr):
-    """ids [BLOCK_M, CHOICES], -1 beyond T and K, and the number of each pair."""
+def _load_ids(ids_ptr, T, K, E, BLOCK_M: tl.constexpr, CHOICES: tl.constexpr):
+    """ids [BLOCK_M, CHOICES], -1 for none and beyond T and K, and the number of each pair."""
     offs_t = tl.arange(0, BLOCK_M)
     offs_j = tl.arange(0, CHOICES)
     pair = offs_t[:, None] * K + offs_j[None, :]
     mask = (offs_t[:, None] < T) & (offs_j[None, :] < K)
-    return tl.load(ids_ptr + pair, mask=mask, other=-1).to(tl.int32), pair
+    ids = tl.load(ids_ptr + pair, mask=mask, other=-1)
+    return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32), pair
 
 
 @triton.jit
@@ -57,11 +58,11 @@ def _my_expert(
     """
     slot = tl.program_id(0)
     if BY_PAIR:
-        e = tl.load(ids_ptr + slot).to(tl.int32)
+        e = tl.load(ids_ptr + slot)
     else:
         e = slot
     valid = (e >= 0) & (e < E)
-    e = tl.where(valid, e, 0)
+    e = tl.where(valid, e, 0).to(tl.int32)
     hit = (ids == e) & valid
     first = tl.min(tl.min(tl.where(hit, pair, BLOCK_M * CHOICES), axis=1), axis=0)
     mine = (first == slot) if BY_PAIR else (first < BLOCK_M * CHOICES)
@@ -117,7 +118,7 @@ def _gate_up_tokens_kernel(
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         offs_c = tl.arange(0, COLUMNS)
         tl.store(arrived_ptr + offs_c, tl.zeros((COLUMNS,), tl.int32), mask=offs_c < columns)
-    ids, pair = _load_ids(ids_ptr, T, K, BLOCK_M, CHOICES)
+    ids, pair = _load_ids(ids_ptr, T, K, E, BLOCK_M, CHOICES)
     e, address, row = _my_expert(ids_ptr, ids, pair, address_ptr, E, BY_PAIR, BLOCK_M, CHOICES)
     if address == 0:
         return
@@ -168,7 +169,6 @@ def _sum_tokens(
     out_ptr,
     ids,
     address_ptr,
-    E,
     K,
     H,
     offs_n,
@@ -182,7 +182,7 @@ def _sum_tokens(
     for j in tl.static_range(CHOICES):
         e = tl.max(tl.where(offs_j[None, :] == j, ids, -1), axis=1)
         later = tl.max(((ids == e[:, None]) & (offs_j[None, :] > j)).to(tl.int32), axis=1)
-        used = (e >= 0) & (e < E) & (later == 0)
+        used = (e >= 0) & (later == 0)
         used = used & (tl.load(address_ptr + tl.where(used, e, 0)) != 0)
         rows = out_ptr + (tl.arange(0, BLOCK_M) * K + j)[:, None] * H
         mask = used[:, None] & (offs_n < H)[None, :]
@@ -229,7 +229,7 @@ def _down_tokens_kernel(
     n0 = pid_n * BLOCK_N
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask_n = offs_n < H
-    ids, pair = _load_ids(ids_ptr, T, K, BLOCK_M, CHOICES)
+    ids, pair = _load_ids(ids_ptr, T, K, E, BLOCK_M, CHOICES)
     e, address, row = _my_expert(ids_ptr, ids, pair, address_ptr, E, BY_PAIR, BLOCK_M, CHOICES)
     if address != 0:
         mask_t = row >= 0
@@ -271,7 +271,7 @@ def _down_tokens_kernel(
     tl.debug_barrier()  # every thread has stored before one of them says so
     arrived = tl.atomic_add(arrived_ptr + pid_n, 1, sem="acq_rel")
     if arrived == tl.num_programs(0) - 1:
-        total = _sum_tokens(out_ptr, ids, address_ptr, E, K, H, offs_n, BLOCK_M, BLOCK_N, CHOICES)
+        total = _sum_tokens(out_ptr, ids, address_ptr, K, H, offs_n, BLOCK_M, BLOCK_N, CHOICES)
         offs_t = tl.arange(0, BLOCK_M)
         y_ptrs = y_ptr + offs_t[:, None] * H + offs_n[None, :]
         mask = (offs_t < T)[:, None] & mask_n[None, :]

@@ -85,6 +85,10 @@ class ExpertLayout:
         """Of stacked parameters: gate_up [E, 2I, H], or [E, H, 2I] if `transposed`."""
         E, a, b = gate_up.shape
         hidden, two_i = (a, b) if transposed else (b, a)
+        if two_i % 2:
+            raise ValueError(
+                f"gate_up: expected as many gate as up rows, got {two_i} in {list(gate_up.shape)}"
+            )
         return ExpertLayout(
             num_experts=E,
             hidden=hidden,
@@ -300,6 +304,11 @@ class ExpertTable:
         end = base + skew * layout.num_experts
         bias: dict[str, Any] = {}
         if gate_up_bias is not None and down_bias is not None:
+            if gate_up_bias.stride(1) != 1 or down_bias.stride(1) != 1:
+                raise ValueError(
+                    "biases: expected rows of stride 1, "
+                    f"got strides {gate_up_bias.stride()} and {down_bias.stride()}"
+                )
             bias = {
                 "gate_up_bias_offset": gate_up_bias.data_ptr() - base,
                 "gate_up_bias_skew": gate_up_bias.stride(0) * size - skew,
@@ -307,7 +316,10 @@ class ExpertTable:
                 "down_bias_skew": down_bias.stride(0) * size - skew,
             }
         step = gate_up.stride(row)
-        address = torch.arange(base, end, skew, device=gate_up.device)
+        if skew:
+            address = torch.arange(base, end, skew, device=gate_up.device)
+        else:  # an expanded tensor: all experts are one
+            address = torch.full((layout.num_experts,), base, device=gate_up.device)
         return ExpertTable(
             layout=layout,
             address=address,
@@ -322,7 +334,7 @@ class ExpertTable:
             bias_up_offset=1 if layout.interleaved else layout.intermediate,
             align=math.gcd(base, skew, _SECTION_ALIGN),
             owner=(gate_up, down, gate_up_bias, down_bias),
-            slots=Slots(address, gate_up, down),
+            slots=Slots(address, gate_up, down) if skew and down.stride(0) else None,
             **bias,
         )
 

@@ -1,5 +1,6 @@
 """Every path of the expert FFN against the reference in fp64, over all layouts and dtypes."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -149,6 +150,8 @@ def test_absent_experts_and_invalid_ids_add_nothing(path, device):
     ids[0] = -1
     ids[1, 1] = 6  # the expert-parallel sentinel
     ids[2, 2] = 2**31 - 1
+    ids = ids.long()
+    ids[4, 2], ids[5, 1], ids[6, 0] = 2**32, 2**33 + 3, -(2**32)  # experts 0, 3 and 0 in 32 bits
     ids[3, 0] = ids[3, 1]  # chosen twice: both pairs count
     table = ExpertTable.from_parameters(layout, *weight_tensors)
     address = table.address.clone()
@@ -204,6 +207,29 @@ def test_one_expert_takes_all_tokens(path, device):
     x, ids, weights = inputs(layout, tokens, 1, device)
     table = ExpertTable.from_parameters(layout, *weight_tensors)
     check(x, torch.full_like(ids, 2), weights, weight_tensors, layout, table, SMALL[path])
+
+
+def test_nan_goes_through_the_clamps_of_activations(hopper_ptx):
+    """As in torch and on the CPU. The interpreter's minimum gives NaN, that of PTX the other one
+    unless it says NaN."""
+    kernels = hopper_ptx("""
+import torch
+from spac.kernels.expert_ffn import expert_ffn
+from spac.kernels.expert_ffn_backward import expert_ffn_backward
+from spac.layout import ExpertLayout, ExpertTable
+x, w = torch.zeros(3, 64).half(), (torch.zeros(2, 64, 64).half(), torch.zeros(2, 64, 32).half())
+ids, weights = torch.zeros(3, 2).int(), torch.zeros(3, 2)
+for activation in ("swiglu_clamp", "relu"):
+    layout = ExpertLayout(2, 64, 32, x.dtype, activation=activation, alpha=1.7, limit=7.0)
+    table = ExpertTable.from_parameters(layout, *w)
+    expert_ffn(x, ids, weights, table)
+    expert_ffn_backward(x, x, ids, weights, table, *w, frozen=True)
+""")
+    activating = ["_gate_up_tokens_kernel", "_gate_up_grouped_kernel", "_hidden_grad_kernel"]
+    found = {name for name, _, code in kernels if re.search(r"\b(?:min|max)\.NaN\.f32", code)}
+    assert found == set(activating)
+    for name, _, code in kernels:
+        assert not re.search(r"\b(?:min|max)\.f32", code), name
 
 
 @pytest.mark.parametrize("tokens, top_k", [(1, 2), (16, 2), (20, 2), (300, 1)])
@@ -313,7 +339,16 @@ def test_which_tables_have_descriptors(device):
 
     plain = table()
     assert has_descriptors(plain) and has_descriptors(table(interleaved=True))
+    # Weights that can, and a hidden layer that cannot: 20 columns of rows of 24.
+    gate_up, down = parameters(ExpertLayout(3, 64, 24, torch.float16), device)
+    padded = ExpertTable.from_parameters(
+        ExpertLayout(3, 64, 20, torch.float16), gate_up[:, :40], down[..., :20]
+    )
+    gate_up, down = parameters(plain.layout, device)
+    expanded = [(gate_up[:1].expand_as(gate_up), down), (gate_up, down[:1].expand_as(down))]
     others = [
+        *(ExpertTable.from_parameters(plain.layout, *tensors) for tensors in expanded),
+        padded,
         table(hidden=72),
         table(dtype=torch.float32),
         table(bias=True),

@@ -34,6 +34,18 @@ def test_is_the_reference(W, k, E, absent, device):
         assert ours.dtype == truth.dtype and torch.equal(ours, truth)
 
 
+def test_ids_that_are_no_int32(device):
+    args = make(9, 4, 50, 0.7, device)
+    args[0][0, :2] = torch.tensor([-1, 50])
+    truth = reference.split_window(
+        *map(torch.clone, args), torch.zeros(1, dtype=torch.int64, device=device), 5
+    )
+    wide = args[0].long()
+    args[0] = torch.where(wide < 0, 2**32 + 7, torch.where(wide == 50, 8 - 2**32, wide))
+    ours = split_window(*args, torch.zeros(1, dtype=torch.int64, device=device), 5)
+    assert all(map(torch.equal, ours, truth))
+
+
 def test_sides_are_disjoint_and_complete(device):
     args = make(9, 4, 50, 0.7, device)
     ids, address, host, streams = args[0], args[1], args[2], args[-1]
