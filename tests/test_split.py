@@ -101,3 +101,27 @@ def test_the_state_is_one_piece(device):
     assert host.utility[1, 4] == 7 and host.frequency[2, 0] == 1 << 40
     assert host.counters[0, 3] == 5 and host.streamed[2, 0] == 9
     assert not state.utility.any() and host.memory.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("wrong", [{"cpu_expert": 1e-2}, {"stream_byte": 1e-16}])
+def test_looks_again_when_everything_is_streamed(wrong):
+    """What it learnt of CPU or link was an accident: then no clock runs any more."""
+    split, rng = Split(MEASURED, EXPERTS), np.random.default_rng()
+    split.costs = CostModel(**{**vars(MEASURED), **wrong})
+    split.streams = split.costs.streams(EXPERTS)
+    assert (split.streams[:5] == np.arange(5)).all()
+    for _ in range(600):
+        split.observe(window(rng, MEASURED, split.streams, 6e-5, 4)[0])
+    assert split.streams[4] < 4
+    assert split.costs.cpu(4, 4) == pytest.approx(float(MEASURED.cpu(4, 4)), rel=0.1)
+
+
+@pytest.mark.parametrize("slower", [0.1, 3, 10])
+def test_a_cpu_far_from_the_measured_one_is_learnt(slower):
+    split, rng = Split(MEASURED, EXPERTS), np.random.default_rng()
+    change = {n: slower * getattr(MEASURED, n) for n in ("cpu_launch", "cpu_expert", "cpu_pair")}
+    truth = CostModel(**{**vars(MEASURED), **change})
+    for _ in range(64):
+        split.observe(window(rng, truth, MEASURED.streams(EXPERTS), 6e-5, 18)[0])
+    for n in (2, 8):
+        assert split.costs.cpu(n, n) == pytest.approx(float(truth.cpu(n, n)), rel=0.05)
