@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,10 @@ def shape_cost(name: str, profile: str, shape: list[int] | None, gbs: float | No
     hidden, inter = shape or known or (0, 0)
     machine = find_machine(profile)
     if gbs is not None:
-        machine = type(machine)(**{**vars(machine), "h2d_bandwidth": gbs * 1e9})
+        change = gbs * 1e9 / machine.h2d_bandwidth  # streams cross the same link
+        machine = replace(
+            machine, h2d_bandwidth=gbs * 1e9, stream_bandwidth=change * machine.stream_bandwidth
+        )
     return machine.cost(6 * hidden * inter, 6 * hidden * inter)
 
 
@@ -131,7 +135,7 @@ def run(args: argparse.Namespace) -> Table:
         rounds["draft_copies"] = args.draft_copies
         if window != "auto":
             windows = make_windows(trace, int(window) - 1, args.acceptance, args.rejected)
-            bound = options | (rounds if args.keep else {})
+            bound = options | {"profile": begin} | (rounds if args.keep else {})
             oracle = oracle_bound(windows, trace.num_experts, cost, slots, **bound)
         for policy_name in args.policy:
             weight = args.rejected_weight
@@ -192,7 +196,7 @@ def _figures(r: Replay, oracle: Replay | None) -> list[Any]:
         r.late,
         r.wasted,
         r.tokens_per_second,
-        r.tokens_per_second / oracle.tokens_per_second if oracle else None,
+        r.tokens_per_second / oracle.tokens_per_second if oracle and oracle.windows else None,
     ]
 
 

@@ -152,6 +152,7 @@ class Rounds(Slots):
         if self.draft_copies and self._pairs.any() and drafting >= SHORTEST_DRAFT:
             self._exchange(policy, int(idle / self.copy_seconds))
         self.resident[self._leaving] = False
+        self.wasted += int(self.unused[self._leaving].sum())
         self.unused[self._leaving] = False
         self.free += len(self._leaving)
         self._leaving = []
@@ -201,9 +202,7 @@ class Rounds(Slots):
         self.free -= now
         self.started += now
         self.unused[self._queue] = True
-        for victim in exchange(score, order[now + self.free :], self.resident, least)[1]:
-            self.wasted += int(self.unused[victim])
-            self._leaving.append(int(victim))
+        self._leaving = exchange(score, order[now:], self.resident, least)[1].tolist()
 
     def choose(
         self, layer: int, n: NDArray[np.float64], pair: float, streams: int

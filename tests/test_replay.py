@@ -333,3 +333,40 @@ def test_real_traces(name, share):
     kept = replay(windows, policy, cost, slots, **options, keep=True)
     assert kept.tokens_per_second > 1.01 * speed["spac"] and kept.kept > kept.streamed / 2
     assert window_counts(windows[:1], trace.num_experts).sum() == windows[0].ids.size
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_victim_used_in_its_last_window_was_no_waste(used):
+    slots, policy = Rounds(1, 3, 1, COST, 4), make_policy("lru", 1, 3, 1)
+    slots.unused[0] = True  # as after a copy
+    policy.observe(0, [[1]])
+    policy.end_window()
+    slots.begin_window(policy)  # 0 is to leave
+    slots.unused[0] &= not used
+    slots.begin_window(policy)
+    assert not slots.resident[0] and slots.wasted == (not used)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("live", [False, True])
+def test_a_profile_does_not_move_who_knows_the_future(policy, live):
+    trace = synthetic()
+    windows, profile = make_windows(trace, 3, 0.7), Profile.of_trace(trace)
+    made = make_policy(policy, 6, 16, 20)
+    replay(windows, made, COST, 20, profile=profile, live=live)
+    assert made.window == len(windows) + (0 if made.foresight else 16)
+
+
+def test_bench_replay_of_traces_too_short_to_count(tmp_path):
+    save_trace(tmp_path / "toy.npz", synthetic(9))
+    short = (str(tmp_path), "--shape", "64", "32", "--cache", "0.3", "--policy", "spac")
+    table = bench("replay", *short, "--window", "9")
+    assert table.rows[0][-1] is None  # one window, all of it the warm-up
+
+
+def test_bench_streams_cross_the_link_of_the_bandwidth_asked_for():
+    from spac.bench.replay import shape_cost
+
+    slow, usual = (shape_cost("toy", "h200", [64, 32], gbs) for gbs in (5.6, None))
+    assert slow.h2d_byte == pytest.approx(10 * usual.h2d_byte)
+    assert slow.stream_byte == pytest.approx(10 * usual.stream_byte)
