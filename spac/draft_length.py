@@ -96,7 +96,7 @@ class DraftLengthController:
             # else raise the drift, which a median does not follow, without end.
             off = math.log(step_seconds / (self._drift * self._median[gamma]))
             usual = statistics.median(self._strays or [abs(off)])
-            self._drift *= math.exp(math.copysign((0.5 if self._steps < 32 else 0.1) * usual, off))
+            self._drift *= math.exp(math.copysign((0.3 if self._steps < 32 else 0.1) * usual, off))
             self._strays.append(min(abs(off), 2.0))
         times = self._step.setdefault(gamma, deque(maxlen=31))
         times.append(step_seconds / self._drift)

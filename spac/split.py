@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class Split:
         """Everything is streamed, so that no clock runs: to the measured model, slowly, to see
         again."""
         one, first = (c.stream(1) / c.expert_bytes for c in (self.costs, self._first))
-        new = {"stream_byte": float(one + _BACK * (first - one))}
+        new: dict[str, Any] = {"stream_byte": float(one + _BACK * (first - one))}
         for name in ("cpu_launch", "cpu_expert", "cpu_pair"):
             now = getattr(self.costs, name)
             new[name] = now + _BACK * (getattr(self._first, name) - now)
