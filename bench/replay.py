@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-copies", type=not_negative, metavar="N",
                         help="copy in rounds of N a window, as the engine does")  # fmt: skip
     parser.add_argument("--keep", action="store_true",
-                        help="with --max-copies: what streams stays, the oracle's too")  # fmt: skip
+                        help="with both: what streams stays, the oracle's too")  # fmt: skip
     parser.add_argument("--draft-copies", action="store_true",
                         help="with --keep: copy what the last window used in drafts")  # fmt: skip
     parser.add_argument("--prompt", type=not_negative, default=0, metavar="TOKENS",
@@ -80,7 +80,7 @@ def find_traces(names: list[str]) -> list[tuple[str, Trace]]:
         paths += sorted(name.glob("*.npz")) if name.is_dir() else [name]
     if not paths:
         raise ValueError(f"traces: no npz files in {', '.join(names)}")
-    return [(p.stem, load_trace(p)) for p in paths]
+    return [(p.stem, load_trace(p).text()) for p in paths]
 
 
 def shape_cost(name: str, profile: str, shape: list[int] | None, gbs: float | None) -> CostModel:
@@ -106,8 +106,10 @@ def after_prompt(trace: Trace, tokens: int) -> tuple[NDArray[np.float64], Trace]
 
 def run(args: argparse.Namespace) -> Table:
     """One row per combination; the last column compares with the prefetch oracle."""
-    if (args.keep and args.max_copies is None) or (args.draft_copies and not args.keep):
-        raise ValueError("replay: --keep needs --max-copies, --draft-copies needs --keep")
+    if args.keep and (args.max_copies is None or not args.streaming):
+        raise ValueError("replay: --keep needs --streaming and --max-copies")
+    if args.draft_copies and not args.keep:
+        raise ValueError("replay: --draft-copies needs --keep")
     if args.warmup == 1:
         raise ValueError("--warmup: must be less than 1, or nothing is counted")
     if args.plot:

@@ -103,6 +103,7 @@ def test_bench_generate_at_full_size(trace, tmp_path, capsys):
     for name in ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident"):
         assert out.count(f"| {name} |") == 2
     assert "weights are random, so text is not" in out and "the best with SD" in out
+    assert "the best other (" in out
     assert '"draft_copies": true' in out
     assert "rms against fp64: at most 0.0" in out
     argv += ["--tokens", "4", "--warmup", "2", "--no-draft-copies"]

@@ -241,7 +241,7 @@ def test_bench_replay_and_balance(tmp_path, monkeypatch):
     keep = ("--keep", "--draft-copies", "--policy", "spac", "lru")
     table = bench("replay", str(tmp_path), *engine, *keep, "--window", "4", *shape)
     assert all(r[table.columns.index("kept/window")] > 0 for r in table.rows)
-    with pytest.raises(ValueError, match="--keep needs --max-copies"):
+    with pytest.raises(ValueError, match="--keep needs --streaming and --max-copies"):
         bench("replay", str(tmp_path), *keep, *shape)
     table = bench("replay", str(tmp_path), "--window", "4", "auto", *shape, "--policy", "spac")
     assert [r[table.columns.index("window")] for r in table.rows] == ["4", "auto"]
