@@ -152,7 +152,6 @@ class Rounds(Slots):
         if self.draft_copies and self._pairs.any() and drafting >= SHORTEST_DRAFT:
             self._exchange(policy, int(idle / self.copy_seconds))
         self.resident[self._leaving] = False
-        self.wasted += int(self.unused[self._leaving].sum())
         self.unused[self._leaving] = False
         self.free += len(self._leaving)
         self._leaving = []
@@ -203,6 +202,7 @@ class Rounds(Slots):
         self.started += now
         self.unused[self._queue] = True
         self._leaving = exchange(score, order[now:], self.resident, least)[1].tolist()
+        self.wasted += int(self.unused[self._leaving].sum())  # as the engine counts them
 
     def choose(
         self, layer: int, n: NDArray[np.float64], pair: float, streams: int

@@ -335,18 +335,6 @@ def test_real_traces(name, share):
     assert window_counts(windows[:1], trace.num_experts).sum() == windows[0].ids.size
 
 
-@pytest.mark.parametrize("used", [False, True])
-def test_a_victim_used_in_its_last_window_was_no_waste(used):
-    slots, policy = Rounds(1, 3, 1, COST, 4), make_policy("lru", 1, 3, 1)
-    slots.unused[0] = True  # as after a copy
-    policy.observe(0, [[1]])
-    policy.end_window()
-    slots.begin_window(policy)  # 0 is to leave
-    slots.unused[0] &= not used
-    slots.begin_window(policy)
-    assert not slots.resident[0] and slots.wasted == (not used)
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("live", [False, True])
 def test_a_profile_does_not_move_who_knows_the_future(policy, live):
