@@ -146,7 +146,9 @@ class Split:
         streamed, resident, ready = np.concatenate(self._ready).T
         if (streamed > 0).any():
             each = np.maximum(ready - resident, 0)[streamed > 0] / streamed[streamed > 0]
-            one = float(np.median(each))
+            # A device that never waited hides how long it takes: less, until it does.
+            least = 0.0 if any(self._rest.values()) else 1.1 * one
+            one = max(float(np.median(each)), least)
         else:  # nothing is streamed: come back to the measured model, slowly, to see again
             one += _BACK * (float(self._first.stream(1)) - one)
         return replace(
