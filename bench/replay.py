@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-copies", type=not_negative, metavar="N",
                         help="copy in rounds of N a window, as the engine does")  # fmt: skip
     parser.add_argument("--keep", action="store_true",
-                        help="with --max-copies: what streams stays, the oracle's too")  # fmt: skip
+                        help="with both: what streams stays, the oracle's too")  # fmt: skip
     parser.add_argument("--draft-copies", action="store_true",
                         help="with --keep: copy what the last window used in drafts")  # fmt: skip
     parser.add_argument("--prompt", type=not_negative, default=0, metavar="TOKENS",
@@ -79,7 +80,7 @@ def find_traces(names: list[str]) -> list[tuple[str, Trace]]:
         paths += sorted(name.glob("*.npz")) if name.is_dir() else [name]
     if not paths:
         raise ValueError(f"traces: no npz files in {', '.join(names)}")
-    return [(p.stem, load_trace(p)) for p in paths]
+    return [(p.stem, load_trace(p).text()) for p in paths]
 
 
 def shape_cost(name: str, profile: str, shape: list[int] | None, gbs: float | None) -> CostModel:
@@ -90,7 +91,10 @@ def shape_cost(name: str, profile: str, shape: list[int] | None, gbs: float | No
     hidden, inter = shape or known or (0, 0)
     machine = find_machine(profile)
     if gbs is not None:
-        machine = type(machine)(**{**vars(machine), "h2d_bandwidth": gbs * 1e9})
+        change = gbs * 1e9 / machine.h2d_bandwidth  # streams cross the same link
+        machine = replace(
+            machine, h2d_bandwidth=gbs * 1e9, stream_bandwidth=change * machine.stream_bandwidth
+        )
     return machine.cost(6 * hidden * inter, 6 * hidden * inter)
 
 
@@ -102,8 +106,10 @@ def after_prompt(trace: Trace, tokens: int) -> tuple[NDArray[np.float64], Trace]
 
 def run(args: argparse.Namespace) -> Table:
     """One row per combination; the last column compares with the prefetch oracle."""
-    if (args.keep and args.max_copies is None) or (args.draft_copies and not args.keep):
-        raise ValueError("replay: --keep needs --max-copies, --draft-copies needs --keep")
+    if args.keep and (args.max_copies is None or not args.streaming):
+        raise ValueError("replay: --keep needs --streaming and --max-copies")
+    if args.draft_copies and not args.keep:
+        raise ValueError("replay: --draft-copies needs --keep")
     if args.warmup == 1:
         raise ValueError("--warmup: must be less than 1, or nothing is counted")
     if args.plot:
@@ -131,7 +137,7 @@ def run(args: argparse.Namespace) -> Table:
         rounds["draft_copies"] = args.draft_copies
         if window != "auto":
             windows = make_windows(trace, int(window) - 1, args.acceptance, args.rejected)
-            bound = options | (rounds if args.keep else {})
+            bound = options | {"profile": begin} | (rounds if args.keep else {})
             oracle = oracle_bound(windows, trace.num_experts, cost, slots, **bound)
         for policy_name in args.policy:
             weight = args.rejected_weight
@@ -192,7 +198,7 @@ def _figures(r: Replay, oracle: Replay | None) -> list[Any]:
         r.late,
         r.wasted,
         r.tokens_per_second,
-        r.tokens_per_second / oracle.tokens_per_second if oracle else None,
+        r.tokens_per_second / oracle.tokens_per_second if oracle and oracle.windows else None,
     ]
 
 

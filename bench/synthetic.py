@@ -231,8 +231,8 @@ class ReplayedRouting:
 def tiled(trace: Trace, tokens: int, shift: int) -> Trace:
     """At least `tokens` tokens: the trace again and again, expert ids moved on by `shift`."""
     repeats = math.ceil(tokens / trace.shape[0])
-    ids = trace.expert_ids.astype(np.int16)
-    parts = [(ids + r * shift) % trace.num_experts for r in range(repeats)]
+    ids = trace.expert_ids.astype(np.int32)
+    parts = [(ids + r * shift % trace.num_experts) % trace.num_experts for r in range(repeats)]
     return Trace(np.concatenate(parts).astype(np.int16), trace.num_experts, model=trace.model)
 
 

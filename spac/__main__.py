@@ -224,7 +224,7 @@ def _trace(args: argparse.Namespace) -> int:
     check_output("--output", args.output)
     session = _Session(args)
     with Recorder(session.model) as recorder:
-        session.generate()
+        session.generate(draft=False)  # or rows of rejected tokens would be among those of the text
     trace = recorder.trace()
     save_trace(args.output, trace)
     tokens, layers, k = trace.shape

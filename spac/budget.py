@@ -50,7 +50,9 @@ def _kv_numbers(config) -> float:
     """Numbers that a layer's attention keeps of a token."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if getattr(config, "kv_lora_rank", None):  # MLA is cached decompressed: keys and values differ
+    if getattr(config, "kv_lora_rank", None):
+        # Decompressed, where keys and values differ. Newer transformers keep less of some models
+        # (the latents, PR 47761): rather too much is taken off here than too little.
         size = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
     return 2 * heads * size
 

@@ -105,7 +105,7 @@ class Control:
         decay = 0.8**passed
         self._expected = decay * self._expected + (1 - decay) * rate
         took = (snapshot.seconds - self._seconds) / passed
-        if self._window:
+        if self._window and snapshot.prompt is None:  # else between two texts
             self._window_seconds = decay * self._window_seconds + (1 - decay) * took
         self._frequency, self._window = snapshot.frequency, snapshot.window
         self._seconds = snapshot.seconds

@@ -17,33 +17,15 @@ kernels from host memory, in the window that needs it.
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FORMAT = "spac-cost-1"
 _LONGEST = 100.0  # seconds; more for one expert, pair or copy is a broken file, not a machine
-# kind -> the coefficients that its predictor values multiply
-KINDS = {
-    "gpu": ("gpu_launch", "gpu_expert", "gpu_pair"),
-    "cpu": ("cpu_launch", "cpu_expert", "cpu_pair"),
-    "h2d": ("h2d_latency", "h2d_byte"),
-    "dense": ("dense_layer", "dense_token"),
-}
-
-
-class LayerSeconds(NamedTuple):
-    """Predicted seconds of one layer (floats, or arrays of one shape)."""
-
-    dense: NDArray[np.float64]
-    gpu: NDArray[np.float64]
-    cpu: NDArray[np.float64]
-    h2d: NDArray[np.float64]
-    total: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -131,56 +113,6 @@ class CostModel:
         """Seconds of one layer outside its experts, for a window of `tokens`."""
         return self.dense_layer + np.asarray(tokens, dtype=float) * self.dense_token
 
-    def predict_layer(
-        self,
-        gpu_experts: ArrayLike,
-        gpu_pairs: ArrayLike,
-        cpu_experts: ArrayLike,
-        cpu_pairs: ArrayLike,
-        streamed: ArrayLike = 0,
-        tokens: ArrayLike = 1,
-    ) -> LayerSeconds:
-        """Seconds of one layer, arguments broadcast; streamed experts count in gpu_* as well."""
-        gpu, cpu = self.gpu(gpu_experts, gpu_pairs), self.cpu(cpu_experts, cpu_pairs)
-        h2d, dense = self.h2d(streamed), self.dense(tokens)
-        return LayerSeconds(dense, gpu, cpu, h2d, dense + np.maximum(np.maximum(gpu, cpu), h2d))
-
-    def observe(
-        self, kind: str, values: tuple[float, ...], seconds: float, alpha: float = 0.1
-    ) -> CostModel:
-        """A model a little nearer to `seconds`, measured for `kind` at these predictor values.
-
-        values: (experts, pairs) for "gpu" and "cpu", (copies, bytes) for "h2d", (layers, tokens)
-        for "dense". The relative error is shared out among the coefficients by how much each
-        contributed (normalised least mean squares), so that launch, per-expert and per-pair times
-        separate when the mix varies; with alpha=1 the new prediction is `seconds`. One observation
-        moves a coefficient by a factor of two at most. A measurement that is not a positive finite
-        number is ignored.
-        """
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {tuple(KINDS)}, got {kind!r}")
-        names = KINDS[kind]
-        x = (1.0, *values) if kind in ("gpu", "cpu") else tuple(values)
-        if len(x) != len(names):
-            raise ValueError(f"values: {kind} needs {len(names) - len(x) + len(values)} numbers")
-        parts = np.array([getattr(self, n) for n in names]) * np.asarray(x, dtype=float)
-        predicted = float(parts.sum())
-        if not (math.isfinite(seconds) and seconds > 0 and math.isfinite(predicted)):
-            return self
-        if predicted <= 0:  # nothing known yet: put all of it on the last coefficient with work
-            last = max((i for i, v in enumerate(x) if v > 0), default=None)
-            if last is None:
-                return self
-            first: dict[str, Any] = {names[last]: min(seconds / x[last], _LONGEST)}
-            return replace(self, **first)
-        share = parts / predicted
-        factor = 1 + alpha * (seconds / predicted - 1) * share / (share @ share)
-        new: dict[str, Any] = {
-            n: min(getattr(self, n) * float(f), _LONGEST)
-            for n, f in zip(names, np.clip(factor, 0.5, 2.0), strict=True)
-        }
-        return replace(self, **new)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON."""
         with open(path, "w") as f:
@@ -214,7 +146,7 @@ class CostModel:
         return CostModel(**data)
 
     def _side(self, kind: str, experts: ArrayLike, pairs: ArrayLike) -> NDArray[np.float64]:
-        launch, expert, pair = (getattr(self, n) for n in KINDS[kind])
+        launch, expert, pair = (getattr(self, f"{kind}_{n}") for n in ("launch", "expert", "pair"))
         e, p = np.asarray(experts, dtype=float), np.asarray(pairs, dtype=float)
         # An expected count below one expert pays its share of the launch.
         return launch * np.minimum(e, 1.0) + e * expert + p * pair

@@ -62,6 +62,7 @@ class DraftLengthController:
         self._steps, self._next_look, self._credit = 0, interval, 0.0
         self._best: int | None = None
         self._drift = 1.0  # seconds now / seconds when measured, smoothed
+        self._strays: deque[float] = deque(maxlen=9)  # |log(seconds / expected)|
         # Two lengths pin the line; three each, in turn, since the first are cold.
         ends = dict.fromkeys(((max_gamma + 1) // 2, 0))
         self._opening = deque([*ends] * 3)
@@ -91,8 +92,12 @@ class DraftLengthController:
             self._kept = self._kept * decay + accepted
             self._tried = self._tried * decay + tried
         if gamma in self._step:
-            ratio = step_seconds / (self._drift * self._median[gamma])
-            self._drift *= min(max(ratio, 0.1), 10.0) ** (0.3 if self._steps < 32 else 0.1)
+            # By the sign alone, as far as steps usually stray: steps that stall now and then would
+            # else raise the drift, which a median does not follow, without end.
+            off = math.log(step_seconds / (self._drift * self._median[gamma]))
+            usual = statistics.median(self._strays or [abs(off)])
+            self._drift *= math.exp(math.copysign((0.3 if self._steps < 32 else 0.1) * usual, off))
+            self._strays.append(min(abs(off), 2.0))
         times = self._step.setdefault(gamma, deque(maxlen=31))
         times.append(step_seconds / self._drift)
         self._median[gamma] = statistics.median(times)
@@ -100,7 +105,8 @@ class DraftLengthController:
         if gamma:
             self._draft.append(draft_seconds / gamma)
         self._credit += self.LOOKING * (step_seconds + draft_seconds)
-        if self._opening and gamma == self._opening[0]:
+        # A shorter draft answers as well: a text may never offer as much. None at all says nothing.
+        if self._opening and min(1, self._opening[0]) <= gamma <= self._opening[0]:
             self._opening.popleft()
 
     def seconds(self, gamma: int) -> float:

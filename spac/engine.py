@@ -67,6 +67,7 @@ class Engine:
         layouts = store.layouts
         num_layers, num_experts = len(layouts), layouts[0].num_experts
         self.store, self.config, self.device, self.top_k = store, config, device, top_k
+        self.costs = costs  # as measured
         self.pool = SlotPool(layouts, num_slots, device)
         # Every expert has a slot from the first fill on: the CPU never has anything to do.
         self._everything = num_slots >= num_layers * num_experts

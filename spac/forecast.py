@@ -25,7 +25,7 @@ from spac.cost import CostModel, measure
 from spac.draft_length import expected_tokens
 from spac.experts import expert_layout, find_experts, router_top_k
 from spac.machine import Machine
-from spac.prefill import area_experts
+from spac.prefill import PREFILL_CHUNK, area_experts
 
 REUSE, PAIRS, SPREAD = 0.65, 0.22, 0.062
 CALIBRATION_S = 15.0  # at most so long the operators of this machine are timed
@@ -92,7 +92,7 @@ def calibrated(model: Any) -> CostModel:
     layout = expert_layout(find_experts(model)[0][1])
     costs = measure(layout, device, limit_s=CALIBRATION_S, name="this machine")
     layers = len(find_experts(model))
-    dense = _dense_bytes(model) / layers * costs.gpu_expert / costs.expert_bytes
+    dense = step_bytes(model) / layers * costs.gpu_expert / costs.expert_bytes
     return CostModel(**{**vars(costs), "dense_layer": dense + costs.gpu_launch})
 
 
@@ -100,7 +100,7 @@ def machine_costs(model: Any, machine: Machine) -> CostModel:
     """Costs of a profile for the experts of `model`; its dense part takes at least its bytes."""
     layout = expert_layout(find_experts(model)[0][1])
     costs = machine.cost(layout.blob_bytes, 6.0 * layout.hidden * layout.intermediate)
-    read = _dense_bytes(model) / len(find_experts(model)) / machine.gpu_bandwidth
+    read = step_bytes(model) / len(find_experts(model)) / machine.gpu_bandwidth
     return CostModel(**{**vars(costs), "dense_layer": max(costs.dense_layer, read)})
 
 
@@ -144,17 +144,27 @@ def forecast(
 
     steps = [step(gamma) for gamma in range(max_gamma + 1 if acceptance else 1)]
     best = max(steps, key=lambda s: s.tokens_per_second)
-    used = min(experts, k * prompt**REUSE)
-    missing = used * (1 - share)
-    if area_experts(layout):  # else a prompt reads them over the link alone
-        read = costs.missing(missing, prompt * k * (1 - share))
-    else:
-        read = float(costs.stream(missing))
-    ffn = max(float(costs.gpu(used, prompt * k)), read)
-    ttft = layers * (ffn + float(costs.dense(prompt)))
+
+    def prefill(tokens: int) -> float:
+        used = min(experts, k * tokens**REUSE)
+        missing = used * (1 - share)
+        if area_experts(layout):  # else a prompt reads them over the link alone
+            read = costs.missing(missing, tokens * k * (1 - share))
+        else:
+            read = float(costs.stream(missing))
+        ffn = max(float(costs.gpu(used, tokens * k)), read)
+        return layers * (ffn + float(costs.dense(tokens)))
+
+    chunks, rest = divmod(prompt, PREFILL_CHUNK)  # each reads its experts anew
+    ttft = chunks * prefill(PREFILL_CHUNK) + (prefill(rest) if rest else 0.0)
     return Forecast(budget, share, share**PAIRS, best, steps[0], ttft)
 
 
-def _dense_bytes(model: Any) -> int:
+def step_bytes(model: Any) -> int:
+    """Bytes that every step reads: all but the experts and, where it is not the head as well, the
+    table of the embeddings."""
     ids = {id(p) for _, module in find_experts(model) for p in module.parameters()}
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not table.weight:
+        ids.add(id(table.weight))
     return parameter_bytes(model, ids)

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; ValueError in one line for whatever is wrong."""
     from spac.experts import find_experts
-    from spac.forecast import calibrated, config_model, forecast, machine_costs
+    from spac.forecast import calibrated, config_model, forecast, machine_costs, step_bytes
     from spac.machine import find_machine
 
     sizes = [parse_bytes(size) for size in args.gpu_budget]
@@ -72,10 +72,8 @@ def run(args: argparse.Namespace) -> int:
     costs = calibrated(model) if machine is None else machine_costs(model, machine)
     draft, draft_token = None, 0.0
     if args.draft not in ("none", "ngram"):
-        from spac.budget import parameter_bytes
-
         draft = config_model(args.draft)
-        read = parameter_bytes(draft) * costs.gpu_expert / costs.expert_bytes
+        read = step_bytes(draft) * costs.gpu_expert / costs.expert_bytes
         draft_token = read if machine is None else max(machine.draft_token, read)
     settings = SpacConfig(max_length=args.max_length)
     options: dict[str, Any] = {"draft": draft, "draft_token": draft_token}

@@ -72,8 +72,9 @@ class Policy:
         self._finish()
 
     def warm_start(self, rate: Floats, windows: int = 16) -> None:
-        """Begin as if `windows` windows with the pairs rate [L, E] of a profile had passed."""
-        for _ in range(windows):
+        """Begin as if `windows` windows with the pairs rate [L, E] of a profile had passed. Who
+        knows the future goes by the place in it, and needs none."""
+        for _ in range(0 if self.foresight else windows):
             self.observe_counts(rate)
 
     def score(self) -> Floats:

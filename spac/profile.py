@@ -102,12 +102,12 @@ def save_profile(model: PreTrainedModel, path: str | os.PathLike[str]) -> Profil
         rate,
         engine.utility.cpu().numpy().clip(0, MAX_UTILITY),
         windows,
-        engine.control.costs,
+        engine.costs,
         type(model).__name__,
         machine_name(),
     )
     data: dict[str, Any] = {"format": FORMAT, "model": profile.model, "machine": profile.machine}
-    data |= {"windows": windows, "costs": {"format": COSTS, **asdict(engine.control.costs)}}
+    data |= {"windows": windows, "costs": {"format": COSTS, **asdict(engine.costs)}}
     data |= {"utility": profile.utility.tolist(), "rate": profile.rate.round(4).tolist()}
     with open(path, "w") as f:
         json.dump(data, f)

@@ -201,9 +201,8 @@ class Rounds(Slots):
         self.free -= now
         self.started += now
         self.unused[self._queue] = True
-        for victim in exchange(score, order[now + self.free :], self.resident, least)[1]:
-            self.wasted += int(self.unused[victim])
-            self._leaving.append(int(victim))
+        self._leaving = exchange(score, order[now:], self.resident, least)[1].tolist()
+        self.wasted += int(self.unused[self._leaving].sum())  # as the engine counts them
 
     def choose(
         self, layer: int, n: NDArray[np.float64], pair: float, streams: int

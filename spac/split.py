@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from spac.state import LayerState
 
 _WINDOWS = 32  # that an answer rests on
 _REFIT = 8  # windows from one answer to the next
+_BACK = 0.05  # of the way to the measured model, an answer, where nothing is seen
 # (experts, pairs) at which the measured model goes on having a say, one row in twenty
 _PRIOR = np.array([(1, 1), (2, 2), (4, 4), (8, 8), (8, 16), (16, 32)], dtype=float)
 
@@ -76,14 +78,18 @@ class Split:
         left = missing - work.streamed
         worked = (begin > 0) & (end > begin) & (left > 0)
         left_pairs = (pairs - here_pairs) * left / np.maximum(missing, 1)
-        if not worked.any() or (work.counts < 0).any():
+        all_streamed = missing.any() and not left.any()
+        if not (worked.any() or all_streamed) or (work.counts < 0).any():
             return
-        rows = np.stack([np.ones_like(left), left, left_pairs], axis=1)
-        self._rows.append((rows[worked], (end - begin)[worked]))
-        self._ready.append(self._device(work, worked))
+        if worked.any():
+            rows = np.stack([np.ones_like(left), left, left_pairs], axis=1)
+            self._rows.append((rows[worked], (end - begin)[worked]))
+            self._ready.append(self._device(work, worked))
         self._seen += 1
         if self._seen % _REFIT == 0:
-            self._refit(float(self.costs.gpu(here, here_pairs).mean()))
+            self.costs = self._come_back() if all_streamed else self._refit()
+            base = float(self.costs.gpu(here, here_pairs).mean())
+            self.streams = self.costs.streams(len(self.streams) - 1, base, self._within)
 
     def seen(self) -> dict[str, dict[int, tuple[int, float, float]]]:
         """Of the last windows' layers how many, and mean and median seconds: "cpu" by the experts
@@ -116,11 +122,23 @@ class Split:
         base, streamed = self.costs.gpu(here, here_pairs), work.streamed[:-1][follows]
         return np.stack([streamed, base, device[follows]], axis=1)
 
-    def _refit(self, base: float) -> None:
+    def _come_back(self) -> CostModel:
+        """Everything is streamed, so that no clock runs: to the measured model, slowly, to see
+        again."""
+        one, first = (c.stream(1) / c.expert_bytes for c in (self.costs, self._first))
+        new: dict[str, Any] = {"stream_byte": float(one + _BACK * (first - one))}
+        for name in ("cpu_launch", "cpu_expert", "cpu_pair"):
+            now = getattr(self.costs, name)
+            new[name] = now + _BACK * (getattr(self._first, name) - now)
+        return replace(self.costs, **new)
+
+    def _refit(self) -> CostModel:
         rows, seconds = (np.concatenate(parts) for parts in zip(*self._rows, strict=True))
         prior = np.column_stack([np.ones(len(_PRIOR)), _PRIOR])
         again = max(1, len(rows) // (20 * len(prior)))
-        expected = self._first.cpu(*_PRIOR.T)
+        # The measured model's mix at the speed of now: relative errors would else hold it back.
+        speed = np.median(seconds / np.maximum(self._first.cpu(*rows[:, 1:].T), 1e-9))
+        expected = np.maximum(self._first.cpu(*_PRIOR.T), 1e-9) * speed
         launch, expert, pair = fit(
             np.concatenate([rows, *[prior] * again]), np.concatenate([seconds, *[expected] * again])
         )
@@ -128,17 +146,18 @@ class Split:
         streamed, resident, ready = np.concatenate(self._ready).T
         if (streamed > 0).any():
             each = np.maximum(ready - resident, 0)[streamed > 0] / streamed[streamed > 0]
-            one = float(np.median(each))
+            # A device that never waited hides how long it takes: less, until it does.
+            least = 0.0 if any(self._rest.values()) else 1.1 * one
+            one = max(float(np.median(each)), least)
         else:  # nothing is streamed: come back to the measured model, slowly, to see again
-            one += 0.05 * (float(self._first.stream(1)) - one)
-        self.costs = replace(
+            one += _BACK * (float(self._first.stream(1)) - one)
+        return replace(
             self.costs,
             cpu_launch=float(launch),
             cpu_expert=float(expert),
             cpu_pair=float(pair),
             stream_byte=max(one, 1e-9) / self.costs.expert_bytes,
         )
-        self.streams = self.costs.streams(len(self.streams) - 1, base, self._within)
 
 
 def _typical(seconds: np.ndarray) -> tuple[int, float, float]:

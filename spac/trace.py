@@ -87,6 +87,16 @@ class Trace:
                 f" the model has {num_layers} x {num_experts}, top-{k}"
             )
 
+    def text(self) -> Trace:
+        """The trace without rows of rejected tokens and without windows; itself if no `accepted`
+        tells which they are."""
+        if self.boundaries is None or self.accepted is None:
+            return self
+        sizes, starts = np.diff(self.boundaries), self.boundaries[:-1]
+        row = np.arange(self.shape[0]) - np.repeat(starts, sizes)
+        kept = self.expert_ids[row <= np.repeat(self.accepted, sizes)]
+        return Trace(kept, self.num_experts, model=self.model)
+
     def split(self, tokens: int) -> tuple[Trace, Trace]:
         """The first `tokens` tokens and those after them, without windows."""
         ids = self.expert_ids

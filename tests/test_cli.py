@@ -88,6 +88,14 @@ def test_trace(checkpoint, tmp_path, capsys):
         trace.check_model(4, 16, 4)
 
 
+def test_a_trace_is_of_the_text_whatever_drafts(checkpoint, tmp_path, capsys):
+    """No rows of tokens that were drafted and rejected."""
+    file, draft = tmp_path / "routing.npz", ("--draft", checkpoint)
+    run(capsys, "trace", "--model", checkpoint, *draft, *PROMPT, *SHORT, "--output", file)
+    trace = load_trace(file)
+    assert trace.boundaries.tolist() == [0, *range(5, 17)]
+
+
 def test_a_profile_fills_the_slots(checkpoint, tiny_moe, tmp_path, capsys):
     file = tmp_path / "routing.npz"
     run(capsys, "trace", "--model", checkpoint, *PROMPT, *SHORT, "--output", file)

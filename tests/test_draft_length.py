@@ -168,3 +168,29 @@ def test_any_history_gives_a_valid_choice(history):
     for gamma, seconds in history:
         control.observe(gamma, gamma // 2, seconds, seconds / 10)
         assert 0 <= control.choose() <= 8 and 0 <= control.acceptance <= 1
+
+
+def test_steps_that_stall_now_and_then_do_not_end_the_looking():
+    control, world = DraftLengthController(8), World(memory_bound, 0.002, 0.7, noise=0.1)
+    usual = world.step
+    world.step = lambda gamma: usual(gamma) * (4 if world.rng.random() < 0.15 else 1)
+    *_, gammas = world.run(control, 3000)
+    assert len(set(gammas[1500:])) > 4
+    for gamma in (0, 8):  # not only the length in use
+        assert 0.7 * usual(gamma) < control.seconds(gamma) - 0.002 * gamma < 2 * usual(gamma)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_draft_shorter_than_asked_is_an_answer(most):
+    control, world = DraftLengthController(8), World(compute_bound, 0.0, 0.0)
+    for _ in range(40):
+        gamma = min(control.choose(), most)
+        control.observe(gamma, 0, world.step(gamma))
+    assert control.choose() == 0  # it never helps
+
+
+def test_no_draft_at_all_says_nothing_of_drafts():
+    control = DraftLengthController(8)
+    for _ in range(10):
+        assert control.choose() == 4
+        control.observe(0, 0, 0.01)

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from spac.__main__ import main
 from spac.budget import bytes_for_ratio, plan_budget
 from spac.config import SpacConfig
-from spac.forecast import calibrated, config_model, forecast, machine_costs
+from spac.experts import find_experts
+from spac.forecast import calibrated, config_model, forecast, machine_costs, step_bytes
 from spac.machine import MACHINES
+from spac.prefill import PREFILL_CHUNK
 
 LENGTH = SpacConfig(max_length=128)
 
@@ -127,3 +129,27 @@ def test_errors_are_one_line(folder, capsys, options, message):
     argv = ["--model", folder, "--gpu-budget", "9MB", "--profile", "h200", *options]
     code, _, err = run(capsys, "plan", *argv)
     assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_every_chunk_of_a_prompt_reads_its_experts(tiny_moe):
+    model = tiny_moe()
+    costs = machine_costs(model, MACHINES["h200"])
+    total = bytes_for_ratio(model, 0.2, LENGTH)
+
+    def ttft(tokens):
+        return forecast(model, total, costs, prompt=tokens, settings=LENGTH).ttft
+
+    assert ttft(3 * PREFILL_CHUNK) == pytest.approx(3 * ttft(PREFILL_CHUNK))
+    assert ttft(PREFILL_CHUNK + 1) == pytest.approx(ttft(PREFILL_CHUNK) + ttft(1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_reads_the_head_but_no_table_of_embeddings(tiny_moe, tied):
+    config = tiny_moe().config
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.nbytes for _, m in find_experts(model) for p in m.parameters())
+    everything = sum(p.nbytes for p in model.parameters())
+    table = 0 if tied else model.get_input_embeddings().weight.nbytes
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert step_bytes(model) == everything + buffers - experts - table

@@ -82,6 +82,7 @@ def test_the_trace_repeats_with_other_experts_and_layers_map_by_index(trace):
     long = tiled(trace, 100, shift=5)
     assert long.shape == (120, LAYERS, TOP_K)
     assert (long.expert_ids[40:80] == (trace.expert_ids.astype(int) + 5) % EXPERTS).all()
+    assert (tiled(trace, 100, shift=20000).expert_ids < EXPERTS).all()
     windows = cut(long, 60, gamma=3, more=2, acceptance=0.5, seed=1)
     assert sum(w.accepted + 1 for w in windows) >= 60
     assert (
@@ -102,6 +103,7 @@ def test_bench_generate_at_full_size(trace, tmp_path, capsys):
     for name in ("spac", "spac-eager", "lru", "static", "cpu", "stream", "resident"):
         assert out.count(f"| {name} |") == 2
     assert "weights are random, so text is not" in out and "the best with SD" in out
+    assert "the best other (" in out
     assert '"draft_copies": true' in out
     assert "rms against fp64: at most 0.0" in out
     argv += ["--tokens", "4", "--warmup", "2", "--no-draft-copies"]

@@ -166,3 +166,14 @@ def test_a_pause_of_many_windows_is_taken_in_at_once():
     control.observe(Snapshot(1 << 30, 1.0, many.astype(np.int32) * 0, many), many < 0)
     control.close()
     assert control.policy.window == 64
+
+
+def test_a_pause_before_a_prompt_is_no_long_window():
+    control = Control(SpacConfig(), MACHINES["h200"].cost(1 << 20, 1e6), 2, 8, 2, 4)
+    zeros, prompt = np.zeros((2, 8), dtype=np.int64), np.ones((2, 8))
+    for w in range(1, 40):
+        control.observe(Snapshot(w, 0.01 * w, zeros, zeros), zeros > 0)
+    control.observe(Snapshot(40, 3600.0, zeros, zeros, prompt), zeros > 0)
+    control.observe(Snapshot(41, 3600.01, zeros, zeros), zeros > 0)
+    control.close()
+    assert control._window_seconds == pytest.approx(0.01, rel=0.01)

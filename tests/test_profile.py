@@ -50,6 +50,20 @@ def test_round_trip_and_warm_start(saved, tiny_moe, tmp_path):
     spac.detach(model)
 
 
+def test_costs_survive_as_they_were_measured(saved, tiny_moe, tmp_path):
+    """Not as the balancer has them beside streams: a second profile would halve the CPU's again."""
+    path, _ = saved
+    data = json.loads(path.read_text())
+    data["costs"] |= {"cpu_expert": 2e-4, "h2d_byte": 1e-4 / data["costs"]["expert_bytes"]}
+    path.write_text(json.dumps(data))
+    model = attach(tiny_moe(), profile=path, stream_missing=True)
+    spac.generate(model, torch.randint(0, 96, (1, 9)), max_new_tokens=4)
+    spac.save_profile(model, tmp_path / "q.json")
+    assert attachment(model).engine.control.costs.cpu_expert < 2e-4
+    spac.detach(model)
+    assert spac.load_profile(tmp_path / "q.json").costs == spac.load_profile(path).costs
+
+
 @pytest.mark.parametrize("name", [n for n in POLICIES if n not in ("belady", "oracle")])
 def test_every_policy_orders_by_the_profile(name):
     rate = np.random.default_rng(0).permutation(np.arange(24.0)).reshape(2, 12) / 12

@@ -241,7 +241,7 @@ def test_bench_replay_and_balance(tmp_path, monkeypatch):
     keep = ("--keep", "--draft-copies", "--policy", "spac", "lru")
     table = bench("replay", str(tmp_path), *engine, *keep, "--window", "4", *shape)
     assert all(r[table.columns.index("kept/window")] > 0 for r in table.rows)
-    with pytest.raises(ValueError, match="--keep needs --max-copies"):
+    with pytest.raises(ValueError, match="--keep needs --streaming and --max-copies"):
         bench("replay", str(tmp_path), *keep, *shape)
     table = bench("replay", str(tmp_path), "--window", "4", "auto", *shape, "--policy", "spac")
     assert [r[table.columns.index("window")] for r in table.rows] == ["4", "auto"]
@@ -333,3 +333,28 @@ def test_real_traces(name, share):
     kept = replay(windows, policy, cost, slots, **options, keep=True)
     assert kept.tokens_per_second > 1.01 * speed["spac"] and kept.kept > kept.streamed / 2
     assert window_counts(windows[:1], trace.num_experts).sum() == windows[0].ids.size
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("live", [False, True])
+def test_a_profile_does_not_move_who_knows_the_future(policy, live):
+    trace = synthetic()
+    windows, profile = make_windows(trace, 3, 0.7), Profile.of_trace(trace)
+    made = make_policy(policy, 6, 16, 20)
+    replay(windows, made, COST, 20, profile=profile, live=live)
+    assert made.window == len(windows) + (0 if made.foresight else 16)
+
+
+def test_bench_replay_of_traces_too_short_to_count(tmp_path):
+    save_trace(tmp_path / "toy.npz", synthetic(9))
+    short = (str(tmp_path), "--shape", "64", "32", "--cache", "0.3", "--policy", "spac")
+    table = bench("replay", *short, "--window", "9")
+    assert table.rows[0][-1] is None  # one window, all of it the warm-up
+
+
+def test_bench_streams_cross_the_link_of_the_bandwidth_asked_for():
+    from spac.bench.replay import shape_cost
+
+    slow, usual = (shape_cost("toy", "h200", [64, 32], gbs) for gbs in (5.6, None))
+    assert slow.h2d_byte == pytest.approx(10 * usual.h2d_byte)
+    assert slow.stream_byte == pytest.approx(10 * usual.stream_byte)

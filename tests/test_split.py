@@ -12,9 +12,9 @@ LAYERS, EXPERTS = 24, 128
 MEASURED = CostModel(9 << 20, 5e-6, 3e-6, 1e-8, 2e-5, 7e-5, 1e-6, 1e-5, 1.8e-11)
 
 
-def window(rng, truth, streams, rest, most):
+def window(rng, truth, streams, rest, most, least=0):
     """One window of a machine with the costs `truth`."""
-    missing = rng.integers(0, most + 1, LAYERS)
+    missing = rng.integers(least, most + 1, LAYERS)
     streamed = np.minimum(streams[missing], missing)
     left = missing - streamed
     here = rng.integers(1, 5, LAYERS)
@@ -101,3 +101,38 @@ def test_the_state_is_one_piece(device):
     assert host.utility[1, 4] == 7 and host.frequency[2, 0] == 1 << 40
     assert host.counters[0, 3] == 5 and host.streamed[2, 0] == 9
     assert not state.utility.any() and host.memory.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("wrong", [{"cpu_expert": 1e-2}, {"stream_byte": 1e-16}])
+def test_looks_again_when_everything_is_streamed(wrong):
+    """What it learnt of CPU or link was an accident: then no clock runs any more."""
+    split, rng = Split(MEASURED, EXPERTS), np.random.default_rng()
+    split.costs = CostModel(**{**vars(MEASURED), **wrong})
+    split.streams = split.costs.streams(EXPERTS)
+    assert (split.streams[:5] == np.arange(5)).all()
+    for _ in range(600):
+        split.observe(window(rng, MEASURED, split.streams, 6e-5, 4)[0])
+    assert split.streams[4] < 4
+    assert split.costs.cpu(4, 4) == pytest.approx(float(MEASURED.cpu(4, 4)), rel=0.1)
+
+
+@pytest.mark.parametrize("slower", [0.1, 3, 10])
+def test_a_cpu_far_from_the_measured_one_is_learnt(slower):
+    split, rng = Split(MEASURED, EXPERTS), np.random.default_rng()
+    change = {n: slower * getattr(MEASURED, n) for n in ("cpu_launch", "cpu_expert", "cpu_pair")}
+    truth = CostModel(**{**vars(MEASURED), **change})
+    for _ in range(64):
+        split.observe(window(rng, truth, MEASURED.streams(EXPERTS), 6e-5, 18)[0])
+    for n in (2, 8):
+        assert split.costs.cpu(n, n) == pytest.approx(float(truth.cpu(n, n)), rel=0.05)
+
+
+@pytest.mark.parametrize("missing", [4, 8, 12])
+def test_a_link_far_slower_than_believed_where_all_layers_are_alike(missing):
+    """Every layer waits for the link and none for the CPU, which hides how long that takes."""
+    believed = CostModel(**{**vars(MEASURED), "stream_byte": MEASURED.h2d_byte / 4})
+    split, rng = Split(believed, EXPERTS), np.random.default_rng()
+    for _ in range(250):
+        split.observe(window(rng, MEASURED, split.streams, 6e-5, missing, missing)[0])
+    best = MEASURED.streams(EXPERTS, float(MEASURED.gpu(2.5, 2.5)))[missing]
+    assert abs(split.streams[missing] - best) <= 1 < believed.streams(EXPERTS)[missing] - best

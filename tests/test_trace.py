@@ -130,3 +130,13 @@ def test_real_traces(name):
     trace = load_trace(REAL / f"{name}.npz")
     assert trace.shape == shape
     trace.check_model(shape[1], experts, shape[2])
+
+
+def test_text_leaves_rejected_rows_out():
+    ids = np.random.default_rng().integers(0, 9, (7, 2, 3)).astype(np.uint8)
+    trace = Trace(ids, 9, np.array([0, 3, 4, 7]), np.array([1, 0, 2]), "m")
+    text = trace.text()
+    np.testing.assert_array_equal(text.expert_ids, ids[[0, 1, 3, 4, 5, 6]])
+    assert (text.num_experts, text.boundaries, text.accepted, text.model) == (9, None, None, "m")
+    plain = Trace(ids, 9, np.array([0, 3, 7]))
+    assert plain.text() is plain
