@@ -224,7 +224,7 @@ def test_what_half_a_static_window_exchanged_is_not_forgotten(tiny_moe, monkeypa
     """Ctrl-C in its layers: the host, which knew the state when it began from the draft, must not
     take it for the state when the next one begins."""
     monkeypatch.setattr("spac.keep.SHORTEST_DRAFT", 0.0)
-    monkeypatch.setattr("spac.split.Split._refit", lambda *_: None)
+    monkeypatch.setattr("spac.split.Split.observe", lambda *_: None)
     model, draft = tiny_moe(), tiny_moe(num_hidden_layers=1)
     settings, budget = settings_and_budget(
         model, draft, stream_missing=True, static_windows=True, max_copies=2

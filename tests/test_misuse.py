@@ -149,7 +149,7 @@ def test_another_thread_does_not_get_between(tiny_moe):
 @NO_GPU
 def test_a_forward_between_the_layers_of_another(tiny_moe, monkeypatch):
     """What the windows of each exchange is learnt before the other's do so in the same layer."""
-    monkeypatch.setattr("spac.split.Split._refit", lambda *_: None)
+    monkeypatch.setattr("spac.split.Split.observe", lambda *_: None)
     model, plain = tiny_moe(), tiny_moe()
     attach(model, 0.5, stream_missing=True, static_windows=False, max_copies=0)
     engine = attachment(model).engine
