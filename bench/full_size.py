@@ -20,7 +20,7 @@ from torch import Tensor
 import spac._C  # noqa: F401  (loads the operators)
 from spac import ops
 from spac.attachment import Binding
-from spac.bench.arguments import not_negative, positive
+from spac.bench.arguments import fraction, not_negative, positive
 from spac.bench.balance import THRESHOLDS
 from spac.bench.full_size_check import LIMIT, layer_error
 from spac.bench.full_size_table import COLUMNS, Figures, cells, margins
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(DEFAULT))
     group.add_argument("--budget", metavar="SIZE", help="GPU bytes in all, not --cache-ratio")
-    group.add_argument("--acceptance", type=float, default=0.7, help="chance of a drafted token")
+    group.add_argument("--acceptance", type=fraction, default=0.7, help="chance of a drafted token")
     group.add_argument("--tokens", type=positive, default=96, help="of the text that is timed")
     group.add_argument("--warmup", type=not_negative, default=32, help="tokens before them")
     group.add_argument("--prompt-tokens", type=positive, default=512)

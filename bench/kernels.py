@@ -244,8 +244,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Table:
     """One row per number of tokens and provider; raises if spac's result is wrong."""
-    if args.plot:
-        pyplot()  # or fail before the measurements
     device = "cuda" if torch.cuda.is_available() else "cpu"
     E, H, inter, top_k, options = SHAPES[args.shape]
     layout = ExpertLayout(E, H, inter, DTYPES[args.dtype], **options)

@@ -112,8 +112,6 @@ def run(args: argparse.Namespace) -> Table:
         raise ValueError("replay: --draft-copies needs --keep")
     if args.warmup == 1:
         raise ValueError("--warmup: must be less than 1, or nothing is counted")
-    if args.plot:
-        pyplot()  # or fail before the replays
     draft = find_machine(args.profile).draft_token
     rows: list[list[Any]] = []
     kept: list[tuple[list[Any], Replay]] = []

@@ -246,9 +246,8 @@ def _check_before_loading(
         parse_bytes(args.gpu_budget)
     if args.cache_ratio is not None and not 0 <= args.cache_ratio <= 1:
         raise ValueError(f"--cache-ratio: expected 0 to 1, got {args.cache_ratio}")
-    for path in (args.model, args.draft):
-        if path not in (None, "none", "ngram"):
-            check_checkpoint(path)
+    if args.draft not in (None, "none", "ngram"):  # the model itself is loaded next
+        check_checkpoint(args.draft)
     if args.profile is not None:
         open(args.profile, "rb").close()
 

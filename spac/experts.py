@@ -56,22 +56,12 @@ def expert_layout(module: Experts) -> ExpertLayout:
     gate_up = module.gate_up_proj
     if gate_up.dtype not in DTYPES:
         raise UnsupportedLayout(f"{name}: weights of {gate_up.dtype} are not supported")
-    num_experts, a, b = gate_up.shape
-    hidden, two_i = (a, b) if module.is_transposed else (b, a)
     if "_spac_gate" not in module.__dict__:
         module.__dict__["_spac_gate"] = _recognise_gate(module)
     activation, alpha, limit = module.__dict__["_spac_gate"]
-    return ExpertLayout(
-        num_experts=num_experts,
-        hidden=hidden,
-        intermediate=two_i // 2,
-        dtype=gate_up.dtype,
-        activation=activation,
-        alpha=alpha,
-        limit=limit,
-        transposed=module.is_transposed,
-        interleaved=not module.is_concatenated,
-        bias=module.has_bias,
+    turned, interleaved = module.is_transposed, not module.is_concatenated
+    return ExpertLayout.of_parameters(
+        gate_up, module.has_bias, activation, alpha, limit, turned, interleaved
     )
 
 

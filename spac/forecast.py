@@ -69,10 +69,10 @@ def config_model(path: str) -> Any:
     does not name a dtype."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if (Path(path).is_absolute() or path.startswith(".")) and not Path(path).exists():
-        raise ValueError(f"{path}: no such folder")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json; a transformers checkpoint folder is needed")
+    from spac.loading import check_config, is_local
+
+    if is_local(path) and Path(path).is_dir():
+        check_config(path)
     try:
         config = AutoConfig.from_pretrained(path)
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.bfloat16

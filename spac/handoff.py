@@ -101,8 +101,8 @@ class HandOff:
             launch(hidden, ids, weights, host, *flags, layer)
             return
         some = bool((ids >= 0).any())
-        for target, source in zip(host, (hidden, ids, weights), strict=True):
-            if some:
+        if some:
+            for target, source in zip(host, (hidden, ids, weights), strict=True):
                 target.copy_(source)
         # A plain store: x86 keeps it behind the rows.
         self.bell[layer] = 2 * self._window[0] + int(some)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ExpertsInterface
 
 from spac import ops
@@ -25,7 +26,7 @@ def experts_forward(
     """
     binding = self.__dict__.get("_spac_binding")
     if binding is not None:
-        if "parametrizations" in self._modules:  # peft wraps weights so for as long as a forward
+        if is_parametrized(self):  # peft wraps weights so for as long as a forward
             raise RuntimeError(
                 "spac: an attached model does not apply adapters to the weights of its experts; "
                 "merge them before spac.attach"

@@ -75,7 +75,7 @@ class ExpertLayout:
     @staticmethod
     def of_parameters(
         gate_up: Tensor,
-        bias: Tensor | None,
+        bias: bool,
         activation: str,
         alpha: float,
         limit: float,
@@ -99,7 +99,7 @@ class ExpertLayout:
             limit=limit,
             transposed=transposed,
             interleaved=interleaved,
-            bias=bias is not None,
+            bias=bias,
         )
 
     def quantized(self, form: str, group: int = 0) -> ExpertLayout:

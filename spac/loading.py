@@ -84,13 +84,18 @@ def is_local(path: str | Path) -> bool:
     return False
 
 
+def check_config(path: str | Path) -> None:
+    """ValueError unless `path` is the folder of a transformers checkpoint."""
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json; a transformers checkpoint folder is needed")
+
+
 def check_checkpoint(path: str | Path) -> None:
     """Open every safetensors file of a local checkpoint folder; one line of ValueError if bad."""
     folder = Path(path)
     if not is_local(path):
         return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json; a transformers checkpoint folder is needed")
+    check_config(path)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path}: no .safetensors file in this folder")
