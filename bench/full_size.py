@@ -241,6 +241,7 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
         seconds: list[float] = []
         drafting: list[float] = []
         new = [w.accepted + 1 for w in job.windows[gamma]]  # tokens
+        accepted = torch.tensor(new, device=device) - 1
         stop = len(ids) - _PROFILED
         first = next(i for i in range(stop) if sum(new[:i]) >= job.warmup)
         timed = range(1, min(stop, 4)) if provider.slow else range(first, stop)
@@ -253,10 +254,9 @@ def _measure(job: Job, make: Callable[[], Provider], gamma: int) -> Figures:
             job.routing.ids.copy_(ids[i])
             job.routing.provider.begin(ids[i])
             logits = target.verify(tokens)
-            int(ops.accept_greedy(logits, tokens[1:])[0])
-            kept = job.windows[gamma][i].accepted
-            job.routing.provider.settle(torch.tensor(kept, device=device))
-            target.finish(gamma - kept)
+            target.read(ops.accept_greedy(logits, tokens[1:]))
+            job.routing.provider.settle(accepted[i])
+            target.finish(gamma + 1 - new[i])
 
         _each(step, range(timed.start))
         before, began = provider.read(), time.perf_counter()

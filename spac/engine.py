@@ -39,6 +39,7 @@ from spac.state import Follower, LayerState
 from spac.store import HostStore
 
 CUT = 4  # layers of a window's first CUDA graph: they last as long as to launch the second one
+Rows = tuple[Tensor, Tensor, Tensor]  # hidden [T, H], ids and weights [T, k]
 COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -84,7 +85,7 @@ class Engine:
             self._streams = Follower(self.control.split.streams, device)
             self.streams = self._streams.tensor
         self.prefill: Prefill | None = None
-        room = torch.empty(0)
+        room = torch.empty(0, 0, dtype=torch.uint8, device=device)
         if self.control.keeps:
             self.prefill = Prefill(store, device, costs)
             room = self.prefill.room[: most_places(layouts[0], device)]
@@ -92,8 +93,7 @@ class Engine:
         self._state = LayerState.new(num_layers, num_experts, len(room), device)
         self.utility, self.frequency = self._state.utility, self._state.frequency
         self.counters, self.streamed = self._state.counters, self._state.streamed
-        # What the GPU reads comes by this; without it, the kernels read it where it lies.
-        self.pull = Pull(room, self._state.exchanged, layouts) if len(room) else None
+        self.pull = Pull(room, self._state.exchanged, layouts)
         self._bounds = Follower(self.control.bounds, device)
         self.bounds = self._bounds.tensor
         self.copier = CopyThread(self.pool, store, self.control, config.max_copies, self.note)
@@ -114,7 +114,8 @@ class Engine:
         self.waited_seconds = 0.0  # that the GPU had to wait for it, in windows by flags
         self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
         self.handoff: HandOff | None = None
-        self.cut: Callable[[], None] | None = None  # called before layer CUT, by flags
+        # Called before layer CUT and behind the experts of the last one, by flags.
+        self.cut: Callable[[], None] | None = None
         self.by_flags = False  # the layers called meanwhile hand over by flags (spac.handoff)
         # For settle: utility at the start of the window, and its ids.
         self._before: Tensor | None = None
@@ -178,12 +179,10 @@ class Engine:
             return self._prefill(layer, hidden, ids, weights)
         gpu_ids, cpu_ids, table = self._split(layer, ids)
         if self.pool.complete(layer):
-            return ops.expert_ffn_table(hidden, gpu_ids, weights, table, hidden.dtype)
+            return self._on_gpu(layer, (hidden, gpu_ids, weights), table, hidden.dtype)
         if self._staging is not None:
             self._staging.send(hidden, cpu_ids, weights)
-        partial = ops.expert_ffn_table(hidden, gpu_ids, weights, table)
-        if self.pull is not None:
-            self.pull.finish()
+        partial = self._on_gpu(layer, (hidden, gpu_ids, weights), table)
         if self._staging is not None:
             hidden_host, cpu_ids, weights = self._staging.receive(hidden.shape[0])
         else:
@@ -198,8 +197,8 @@ class Engine:
     def _split(
         self, layer: int, ids: Tensor, chained: bool = False
     ) -> tuple[Tensor, Tensor, ExpertTable]:
-        """ids [T, k] for the GPU and for the CPU, -1 elsewhere, and where the GPU finds experts;
-        the utility moves on. chained: as of `ops.split_window`."""
+        """ids [T, k] for the GPU and for the CPU, -1 elsewhere, and where the GPU finds experts,
+        once `pull.start` is called; the utility moves on. chained: as of `ops.split_window`."""
         if self.config.rejected_weight < 1:
             self._window_ids[layer, : ids.shape[0]] = ids
             chained = False  # a copy may be no kernel, and only kernels are chained
@@ -210,7 +209,7 @@ class Engine:
             resident_ids, cpu_ids, counts, _, _ = ops.verify(ids, address, *state, most)
             self.frequency[layer] += counts
             return resident_ids, cpu_ids, table
-        places = None if self.pull is None else self.pull.choose(layer)
+        places = self.pull.choose(layer)
         address, cpu_ids = ops.split_window(
             ids,
             address,
@@ -223,10 +222,17 @@ class Engine:
             places,
             chained,
         )
-        if self.pull is not None:
-            self.pull.start(layer)
         owner = table.owner, self.store
         return ids, cpu_ids, replace(table, address=address, owner=owner, places=places)
+
+    def _on_gpu(
+        self, layer: int, rows: Rows, table: ExpertTable, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """[T, H] of the experts in slots and of those that begin to cross the link now."""
+        self.pull.start(layer)
+        total = ops.expert_ffn_table(*rows, table, dtype)
+        self.pull.finish()
+        return total
 
     def _handed(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, handoff: HandOff
@@ -236,12 +242,14 @@ class Engine:
         # Slot changes were published before the window, and its first kernel waited for them.
         gpu_ids, cpu_ids, table = self._split(layer, ids, chained=True)
         if self._everything:
-            return ops.expert_ffn_table(hidden, gpu_ids, weights, table, hidden.dtype)
-        handoff.send(layer, hidden, cpu_ids, weights)
-        partial = ops.expert_ffn_table(hidden, gpu_ids, weights, table)
-        if self.pull is not None:
-            self.pull.finish()
-        return handoff.join(layer, partial, cpu_ids, hidden.dtype)
+            total = self._on_gpu(layer, (hidden, gpu_ids, weights), table, hidden.dtype)
+        else:
+            handoff.send(layer, hidden, cpu_ids, weights)  # beside the link's kernel: 25 us later
+            partial = self._on_gpu(layer, (hidden, gpu_ids, weights), table)
+            total = handoff.join(layer, partial, cpu_ids, hidden.dtype)
+        if layer == len(self.host_tables) - 1 and self.cut is not None:
+            self.cut()
+        return total
 
     def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         start = time.perf_counter()
@@ -279,8 +287,7 @@ class Engine:
 
     def check(self) -> None:
         """After a window by flags: RuntimeError if the CPU side or the link failed."""
-        if self.pull is not None:
-            self.pull.check()
+        self.pull.check()
         if self.handoff is None:
             return
         self.handoff.check()
@@ -288,9 +295,7 @@ class Engine:
         self.handoff.times.zero_()
         self.cpu_seconds += float((times[:, 1] - times[:, 0]).sum())
         if self.spans is not None:
-            for layer, (start, end) in enumerate(times.tolist()):
-                if start:
-                    self.spans.append(("cpu", f"layer {layer}", start, end))
+            self.spans += [("cpu", f"layer {i}", *t) for i, t in enumerate(times.tolist()) if t[0]]
 
     def save(self) -> tuple[int, Tensor]:
         """What a window changes, for `load`."""
@@ -329,15 +334,12 @@ class Engine:
         return ops.expert_ffn_table(hidden, ids, weights, table, hidden.dtype)
 
     def _begin_window(self, width: int) -> None:
-        if self.copier.error is not None:
-            raise RuntimeError(
-                f"spac: the copy thread stopped: {self.copier.error}"
-            ) from self.copier.error
+        if (error := self.copier.error) is not None:
+            raise RuntimeError(f"spac: the copy thread stopped: {error}") from error
         self._last_width, self._width = self._width, width
         self.windows += 1
         self._began = time.perf_counter()
-        if self.pull is not None:
-            self.pull.resume(self.pool)
+        self.pull.resume(self.pool)
         if self.copier.is_alive():
             self.drafts.end()  # before anything else crosses the link, behind the draft's copies
             prompt = self._prompt.take(width)
@@ -345,16 +347,15 @@ class Engine:
         if self.control.split is not None:
             self._streams.follow(self.control.split.streams)
         self._bounds.follow(self.control.bounds)
-        if self.pull is not None and self.control.value is not None:
+        if self.control.value is not None:
             self.pull.value.follow(self.control.value)
         if self.config.rejected_weight < 1:
             self._before = self.utility.clone()
 
     def _learn(self) -> None:
         """Let the pool follow what all windows so far did by themselves to the slots."""
-        if self.pull is not None:
-            self.pull.resume(self.pool)
-            self.drafts.catch_up()
+        self.pull.resume(self.pool)
+        self.drafts.catch_up()
 
     def launched(self) -> None:
         """The window is launched: now the host learns what the one before did, and the copy thread

@@ -42,12 +42,20 @@ def find_experts(model: nn.Module) -> list[tuple[str, Experts]]:
     return [(name, m) for name, m in model.named_modules() if is_experts(m)]
 
 
-@torch.compiler.assume_constant_result
 def expert_layout(module: Experts) -> ExpertLayout:
-    """Layout of an experts module; what its gate computes is found out once and kept on the module.
+    """Layout of an experts module, kept on it until its weights have another shape or dtype.
 
     Raises UnsupportedLayout naming the module's class and the property that is not supported.
     """
+    weights = module.gate_up_proj if module.has_gate else None
+    shape, dtype, layout = module.__dict__.get("_spac_layout", (None, None, None))
+    if weights is not None and weights.shape == shape and weights.dtype == dtype:
+        return layout  # which torch.compile can trace, whatever its version
+    return _read_layout(module)
+
+
+@torch.compiler.assume_constant_result
+def _read_layout(module: Experts) -> ExpertLayout:
     name = type(module).__name__
     if not module.has_gate:
         raise UnsupportedLayout(f"{name}: experts without a gate projection are not supported")
@@ -56,13 +64,12 @@ def expert_layout(module: Experts) -> ExpertLayout:
     gate_up = module.gate_up_proj
     if gate_up.dtype not in DTYPES:
         raise UnsupportedLayout(f"{name}: weights of {gate_up.dtype} are not supported")
-    if "_spac_gate" not in module.__dict__:
-        module.__dict__["_spac_gate"] = _recognise_gate(module)
-    activation, alpha, limit = module.__dict__["_spac_gate"]
     turned, interleaved = module.is_transposed, not module.is_concatenated
-    return ExpertLayout.of_parameters(
-        gate_up, module.has_bias, activation, alpha, limit, turned, interleaved
+    layout = ExpertLayout.of_parameters(
+        gate_up, module.has_bias, *_recognise_gate(module), turned, interleaved
     )
+    module.__dict__["_spac_layout"] = gate_up.shape, gate_up.dtype, layout
+    return layout
 
 
 def stored_layout(module: Experts, config: SpacConfig) -> ExpertLayout:

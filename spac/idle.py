@@ -36,7 +36,7 @@ class Drafts:
         pool: SlotPool,
         copier: CopyThread,
         state: LayerState,
-        pull: Pull | None,
+        pull: Pull,
     ) -> None:
         """state: the device's."""
         self.wanted = False  # copies in drafts; without them `begin` does nothing
@@ -101,8 +101,7 @@ class Drafts:
         the next window may be under way."""
         if self._pending:
             state = self._device.receive(self._sent)
-            if self._pull is not None:
-                self._pull.learn(state.exchanged, self._pool)
+            self._pull.learn(state.exchanged, self._pool)
             self._state, self._pending = state, False
         return self._state
 
@@ -120,8 +119,7 @@ class Drafts:
 
     def _send(self) -> None:
         self.learn()  # what Ctrl-C has left
-        if self._pull is not None:
-            self._pull.check()
+        self._pull.check()
         self._sent = self._device.send()
         self._pending = True
         self._device.exchanged.fill_(-1)

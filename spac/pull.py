@@ -33,7 +33,10 @@ def most_places(layout: ExpertLayout, device: torch.device) -> int:
 
 
 class Pull:
-    """Fills the places of one layer after the other, while the stream that chose them goes on."""
+    """Fills the places of one layer after the other, while the stream that chose them goes on.
+
+    Without places (A = 0) it does nothing: what the GPU reads, its kernels read where it lies.
+    """
 
     def __init__(self, memory: Tensor, exchanged: Tensor, layouts: list[ExpertLayout]) -> None:
         """memory uint8 [A, bytes] of the places; exchanged int32 [L, A, 2], a part of the state."""
@@ -42,14 +45,17 @@ class Pull:
         # What experts are worth, float32 [L, E]; nothing stays until that is known.
         self.value = Follower(np.full(shape, -np.inf, dtype=np.float32), memory.device)
         self.places = Places.over(memory, self.value.tensor, exchanged)
+        self._some = len(memory) > 0
         self._due: int | None = None  # the layer whose places are being chosen
         self._stream: torch.cuda.Stream | None = None
-        if memory.is_cuda:
+        if memory.is_cuda and self._some:
             # First in the queue, since those that wait for it must not keep it out.
             self._stream = torch.cuda.Stream(memory.device, priority=-2)
 
-    def choose(self, layer: int) -> Places:
+    def choose(self, layer: int) -> Places | None:
         """For `ops.split_window`; what it chooses is shown already, so `start` must follow."""
+        if not self._some:
+            return None
         self._due = layer
         return self.places[layer]
 
@@ -64,6 +70,8 @@ class Pull:
 
     def start(self, layer: int) -> None:
         """Begin with the layer's places, once the current stream has come here."""
+        if not self._some:
+            return
         places, nbytes = self.places[layer], self._bytes[layer]
         if self._stream is None:
             _fill(places, nbytes)

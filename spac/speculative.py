@@ -133,7 +133,7 @@ def generate(
             "generate: the model's logits are not numbers: its weights are damaged, or "
             f"{row.dtype} overflows"
         )
-    _, new, ids = _accept(row, tokens[:0], None, warp, tokens, generator)
+    _, new, ids = _accept(target, row, tokens[:0], None, warp, tokens, generator)
     tokens, done = _append(tokens, new, ids, result, max_new_tokens, eos, streamer)
     result.prefill_seconds = time.perf_counter() - start
     while not done:
@@ -156,7 +156,7 @@ def generate(
         began += captured
         drafted_at = time.perf_counter()
         logits = target.verify(window)
-        accepted, new, ids = _accept(logits, drafted, probs, warp, tokens, generator)
+        accepted, new, ids = _accept(target, logits, drafted, probs, warp, tokens, generator)
         if engine is not None:
             engine.settle(accepted)
         kept = len(ids) - 1
@@ -210,6 +210,7 @@ def _target(model: PreTrainedModel, state: Attachment | None, length: int) -> Ta
 
 
 def _accept(
+    target: Target,
     logits: Tensor,
     drafted: Tensor,
     probs: Tensor | None,
@@ -225,7 +226,7 @@ def _accept(
     else:
         uniform = torch.rand(drafted.numel() + 1, device=logits.device, generator=generator)
         outcome = ops.accept_sample(logits, drafted, probs, uniform)
-    kept, following, *ids = torch.cat([outcome, drafted]).tolist()  # the only wait
+    kept, following, *ids = target.read(torch.cat([outcome, drafted]))
     return outcome[0], torch.cat([drafted[:kept], outcome[1:]]), [*ids[:kept], following]
 
 

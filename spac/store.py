@@ -16,6 +16,7 @@ from spac.quantize import dequantize, quantize
 
 _PORTABLE_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 _HUGE_PAGE = 2 << 20  # bytes
+_locked: list[Tensor] = []  # that could not be unlocked, as nothing can during a capture
 
 
 def host_memory(nbytes: int) -> Tensor:
@@ -148,6 +149,7 @@ class HostStore:
         return sum(b.nbytes for b in self.blobs)
 
     def _register(self, blobs: Tensor) -> None:
+        _unlock([_locked.pop() for _ in range(len(_locked))])
         self._pinned.append(blobs)  # first: Ctrl-C behind the call may not forget the lock
         status = torch.cuda.cudart().cudaHostRegister(
             blobs.data_ptr(), blobs.nbytes, _PORTABLE_MAPPED
@@ -169,6 +171,7 @@ def _unlock(pinned: list[Tensor]) -> None:
     while pinned:
         if int(torch.cuda.cudart().cudaHostUnregister(pinned[-1].data_ptr())) != 0:
             _clear_cuda_error()
+            _locked.append(pinned[-1])  # else the next mapping at its address could not be locked
         pinned.pop()
 
 

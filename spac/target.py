@@ -49,6 +49,10 @@ class Target(Protocol):
         """Feed int64 [W]; logits [W, V], valid until the next call."""
         ...
 
+    def read(self, outcome: Tensor) -> list[int]:
+        """Numbers int64 [n] that were computed from the logits, on the host: the only wait."""
+        ...
+
     def finish(self, rejected: int) -> None:
         """The host has read the window's outcome: forget its last `rejected` tokens."""
         ...
@@ -87,6 +91,9 @@ class EagerTarget:
 
     def verify(self, window: Tensor) -> Tensor:
         return self._forward(window)
+
+    def read(self, outcome: Tensor) -> list[int]:
+        return outcome.tolist()
 
     def finish(self, rejected: int) -> None:
         self._length -= rejected
@@ -158,9 +165,14 @@ class StaticTarget:
         self._places = torch.arange(length, device=device)
         self._windows: dict[int, _Window] = {}
         self._pool: Any = None
+        self._under_way = False  # graphs whose end the host has not seen
         if device.type == "cuda":
             self._open_captures()
-            self._ended = torch.cuda.Event(blocking=True)
+            # A thread that spins takes a core from the CPU's FFN, one that sleeps wakes up late: so
+            # the host sleeps until the experts are through.
+            self._experts_ended = torch.cuda.Event(blocking=True)
+            self._ended = torch.cuda.Event()
+            self._host = torch.empty(0, dtype=torch.int64)
         self.reasons: list[str] = []  # of windows that could not be captured
 
     @property
@@ -175,6 +187,7 @@ class StaticTarget:
 
     def reset(self) -> None:
         """Begin another text."""
+        self._under_way = False  # what Ctrl-C has left
         self._lengths.zero_()
 
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -192,6 +205,7 @@ class StaticTarget:
     def verify(self, window: Tensor) -> Tensor:
         width = window.numel()
         self.prepare(width)
+        self._wait()
         ready = self._windows[width]
         if ready.flags and self.engine is not None:
             self.engine.begin_window(width)
@@ -201,15 +215,36 @@ class StaticTarget:
                 self.engine.launched()
             return logits
         ready.tokens.copy_(window)
-        for graph in ready.graphs:
+        *most, last = ready.graphs
+        for graph in most:
             graph.replay()
-        if self.engine is not None:  # asleep, since a thread that spins takes a core from the FFN
-            self._ended.record()
-            self.engine.launched()
-            self._ended.synchronize()
+        if self.engine is not None:
+            self._experts_ended.record()
+            self._under_way = True
+        last.replay()
         return ready.logits
 
+    def read(self, outcome: Tensor) -> list[int]:
+        if not outcome.is_cuda:
+            return outcome.tolist()
+        n = outcome.numel()
+        if len(self._host) < n:
+            self._host = torch.empty(n, dtype=torch.int64, pin_memory=True)
+        self._host[:n].copy_(outcome, non_blocking=True)
+        self._wait()
+        self._ended.record()
+        self._ended.synchronize()
+        return self._host[:n].tolist()
+
+    def _wait(self) -> None:
+        """Until the experts of the window under way are through; the host has time meanwhile."""
+        if self._under_way and self.engine is not None:
+            self._under_way = False
+            self.engine.launched()
+            self._experts_ended.synchronize()
+
     def finish(self, rejected: int) -> None:
+        self._wait()
         if self.engine is not None:
             self.engine.check()
         if rejected:

@@ -157,7 +157,7 @@ def test_how_long_a_draft_takes(monkeypatch):
 
     pool, thread = SlotPool([LAYOUT], 2, torch.device("cpu")), Sleeper()
     state = LayerState.new(1, EXPERTS, 1, torch.device("cpu"))
-    drafts = Drafts(pool, thread, state, None)
+    drafts = Drafts(pool, thread, state, Learnt())
     drafts.wanted = True
 
     def step(tokens, seconds, window=pool.publish):

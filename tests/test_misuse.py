@@ -55,6 +55,9 @@ def test_inference_mode_may_come_and_go(tiny_moe, device, static, inside):
         model = tiny_moe()
     with maybe("attach"):
         attach(model, static_windows=static, rejected_weight=0.5)
+        one = torch.ones(1, 1, device=device)  # as the model's parameters
+    if one.is_inference() and not _runs(one):
+        pytest.skip("torch before 2.12: a GPU does not run such a model outside of it")
     for _ in range(2):
         with maybe("generate"):
             assert torch.equal(text(model, "ngram"), expected)
@@ -64,6 +67,15 @@ def test_inference_mode_may_come_and_go(tiny_moe, device, static, inside):
     assert all(p.requires_grad for p in model.parameters())
     if inside != "model":
         model(PROMPT).logits.sum().backward()
+
+
+@torch.no_grad()
+def _runs(weight):
+    try:
+        torch.nn.functional.linear(torch.ones_like(weight), weight)
+    except RuntimeError:
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def test_round_trip_and_warm_start(saved, tiny_moe, tmp_path):
     kept = np.sort(profile.rate[engine.pool.slot_of >= 0])
     assert (kept >= np.sort(profile.rate.ravel())[::-1][len(kept) - 1]).all()
     assert (engine.utility.cpu().numpy() == profile.utility).all()
-    assert engine.control.costs == profile.costs
+    assert engine.costs == profile.costs
     ids = torch.randint(0, 96, (1, 7))
     with torch.no_grad():
         got = model(ids.to(model.device)).logits.cpu()

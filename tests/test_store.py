@@ -82,23 +82,50 @@ def test_a_refused_page_lock_is_one_line_and_leaves_cuda_usable():
     store.close()
 
 
-def test_a_store_that_dies_unlocks_its_pages_first(monkeypatch):
-    locked = {}
+class Runtime:
+    """What is page-locked, by address; during a capture nothing can be unlocked."""
 
-    class Runtime:
-        def cudaHostRegister(self, address, nbytes, flags):
-            locked[address] = nbytes
-            return 0
+    locked: dict[int, int]
+    capturing = False
 
-        def cudaHostUnregister(self, address):
-            return 0 if locked.pop(address, None) else 1
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.locked[address] = nbytes
+        return 0
 
+    def cudaHostUnregister(self, address):
+        return 900 if self.capturing else int(self.locked.pop(address, None) is None)
+
+
+@pytest.fixture
+def runtime(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(Runtime, "locked", {}, raising=False)
+    monkeypatch.setattr("spac.store._clear_cuda_error", lambda: None)
+    return Runtime
+
+
+def test_a_store_that_dies_unlocks_its_pages_first(runtime):
     store = HostStore(layouts(2), pin=True)
     for _ in store.layouts:
         store.allocate()
-    assert len(locked) == 2
+    assert len(runtime.locked) == 2
     store.cycle = store  # as a model and its engine are
     del store
     gc.collect()
-    assert not locked
+    assert not runtime.locked
+
+
+def test_pages_that_cannot_be_unlocked_stay_mapped_until_they_can(runtime, monkeypatch):
+    first = HostStore(layouts(1), pin=True)
+    address = first.allocate().data_ptr()
+    monkeypatch.setattr(runtime, "capturing", True)
+    first.close()
+    del first
+    assert list(runtime.locked) == [address]
+    monkeypatch.setattr(runtime, "capturing", False)
+    second = HostStore(layouts(1), pin=True)
+    second.allocate()  # the first is unlocked behind its back
+    assert address not in runtime.locked or address == second.blobs[0].data_ptr()
+    assert len(runtime.locked) == 1
+    second.close()
+    assert not runtime.locked
