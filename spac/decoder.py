@@ -25,7 +25,7 @@ _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu"}
 
 def can_run(model: PreTrainedModel) -> bool:
     """Whether `few_launches` knows every decoder layer of `model` and the norm behind them."""
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if getattr(model.config.get_text_config(), "sliding_window", None):
         return False
     norm = getattr(model.base_model, "norm", None)
@@ -40,7 +40,7 @@ def few_launches(model: PreTrainedModel) -> Iterator[None]:
 
     They leave the lengths of the cache's layers to the caller. Only for models that `can_run`.
     """
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     norm: Any = model.base_model.norm
     pending: list[tuple[Tensor, bool]] = []
     try:
@@ -53,7 +53,8 @@ def few_launches(model: PreTrainedModel) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[Any]:
+def decoder_layers(model: PreTrainedModel) -> list[Any]:
+    """The modules of a model's layers, in order; none where they are not called so."""
     return list(getattr(model.base_model, "layers", []))
 
 

@@ -15,7 +15,6 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +37,6 @@ from spac.staging import Staging
 from spac.state import Follower, LayerState
 from spac.store import HostStore
 
-CUT = 4  # layers of a window's first CUDA graph: they last as long as to launch the second one
 Rows = tuple[Tensor, Tensor, Tensor]  # hidden [T, H], ids and weights [T, k]
 COUNTERS = ("pairs", "resident_pairs", "experts", "resident_experts")
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -114,8 +112,6 @@ class Engine:
         self.waited_seconds = 0.0  # that the GPU had to wait for it, in windows by flags
         self.spans: list[tuple[str, str, float, float]] | None = None  # spac.spans
         self.handoff: HandOff | None = None
-        # Called before layer CUT and behind the experts of the last one, by flags.
-        self.cut: Callable[[], None] | None = None
         self.by_flags = False  # the layers called meanwhile hand over by flags (spac.handoff)
         # For settle: utility at the start of the window, and its ids.
         self._before: Tensor | None = None
@@ -237,8 +233,6 @@ class Engine:
     def _handed(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, handoff: HandOff
     ) -> Tensor:
-        if layer == CUT and self.cut is not None:
-            self.cut()
         # Slot changes were published before the window, and its first kernel waited for them.
         gpu_ids, cpu_ids, table = self._split(layer, ids, chained=True)
         if self._everything:
@@ -247,8 +241,6 @@ class Engine:
             handoff.send(layer, hidden, cpu_ids, weights)  # beside the link's kernel: 25 us later
             partial = self._on_gpu(layer, (hidden, gpu_ids, weights), table)
             total = handoff.join(layer, partial, cpu_ids, hidden.dtype)
-        if layer == len(self.host_tables) - 1 and self.cut is not None:
-            self.cut()
         return total
 
     def _on_cpu(self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -291,8 +283,7 @@ class Engine:
         if self.handoff is None:
             return
         self.handoff.check()
-        times = self._clock.times = self.handoff.times.numpy() * 1e-9
-        self.handoff.times.zero_()
+        times = self._clock.times = self.handoff.take_times()
         self.cpu_seconds += float((times[:, 1] - times[:, 0]).sum())
         if self.spans is not None:
             self.spans += [("cpu", f"layer {i}", *t) for i, t in enumerate(times.tolist()) if t[0]]

@@ -45,6 +45,7 @@ class Pull:
         # What experts are worth, float32 [L, E]; nothing stays until that is known.
         self.value = Follower(np.full(shape, -np.inf, dtype=np.float32), memory.device)
         self.places = Places.over(memory, self.value.tensor, exchanged)
+        self._failed = self.places[0].failed.numpy()  # of all layers
         self._some = len(memory) > 0
         self._due: int | None = None  # the layer whose places are being chosen
         self._stream: torch.cuda.Stream | None = None
@@ -90,7 +91,7 @@ class Pull:
 
     def check(self) -> None:
         """RuntimeError if an expert did not come in time."""
-        if int(self.places[0].failed):
+        if self._failed[0]:
             raise RuntimeError("spac: an expert did not cross the link in time; detach and attach")
 
     def learn(self, exchanged: Tensor, pool: SlotPool) -> None:

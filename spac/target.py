@@ -23,13 +23,18 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from spac.attention import grouped
-from spac.decoder import MOST_TOKENS, can_run, few_launches
+from spac.capture import Recorder
+from spac.decoder import MOST_TOKENS, can_run, decoder_layers, few_launches
 from spac.engine import Engine
 from spac.fuse import fused
 from spac.prefill import PREFILL_CHUNK
 
 _LENGTH_ALIGN = 64  # of a static cache: attention kernels read masks in aligned pieces
 _FUSE_LAYERS = 16
+CUTS = (
+    1,
+    5,
+)  # before these layers begins another CUDA graph: each lasts as long as to launch the next
 log = logging.getLogger("spac")
 _capturing = threading.Lock()  # graphs of models in different threads: one capture at a time
 
@@ -168,9 +173,11 @@ class StaticTarget:
         self._under_way = False  # graphs whose end the host has not seen
         if device.type == "cuda":
             self._open_captures()
-            # A thread that spins takes a core from the CPU's FFN, one that sleeps wakes up late: so
-            # the host sleeps until the experts are through.
-            self._experts_ended = torch.cuda.Event(blocking=True)
+            # A thread that spins takes a core from the CPU's FFN, one that sleeps wakes up late:
+            # the host sleeps until the last layer begins, then it spins.
+            layers = [] if engine is None else decoder_layers(model)
+            self._cuts = [layers[i] for i in {*CUTS, len(layers) - 1} if 0 < i < len(layers)]
+            self._nearly = torch.cuda.Event(blocking=True)
             self._ended = torch.cuda.Event()
             self._host = torch.empty(0, dtype=torch.int64)
         self.reasons: list[str] = []  # of windows that could not be captured
@@ -205,7 +212,8 @@ class StaticTarget:
     def verify(self, window: Tensor) -> Tensor:
         width = window.numel()
         self.prepare(width)
-        self._wait()
+        if self._under_way:
+            self._wait()
         ready = self._windows[width]
         if ready.flags and self.engine is not None:
             self.engine.begin_window(width)
@@ -219,7 +227,7 @@ class StaticTarget:
         for graph in most:
             graph.replay()
         if self.engine is not None:
-            self._experts_ended.record()
+            self._nearly.record()
             self._under_way = True
         last.replay()
         return ready.logits
@@ -232,19 +240,20 @@ class StaticTarget:
             self._host = torch.empty(n, dtype=torch.int64, pin_memory=True)
         self._host[:n].copy_(outcome, non_blocking=True)
         self._wait()
-        self._ended.record()
-        self._ended.synchronize()
-        return self._host[:n].tolist()
+        return self._host.numpy()[:n].tolist()
 
     def _wait(self) -> None:
-        """Until the experts of the window under way are through; the host has time meanwhile."""
+        """Until all that was launched has ended; while a window runs, the host has time."""
+        self._ended.record()
         if self._under_way and self.engine is not None:
             self._under_way = False
             self.engine.launched()
-            self._experts_ended.synchronize()
+            self._nearly.synchronize()
+        self._ended.synchronize()
 
     def finish(self, rejected: int) -> None:
-        self._wait()
+        if self._under_way:
+            self._wait()
         if self.engine is not None:
             self.engine.check()
         if rejected:
@@ -290,6 +299,7 @@ class StaticTarget:
         own_lengths: the layers leave the lengths of their cache to us.
         """
         self._own_lengths = own_lengths
+        hooks: list[Any] = []
         before = None if self.engine is None else self.engine.save()
         lengths = self._lengths.clone()
         side = torch.cuda.Stream()
@@ -302,14 +312,13 @@ class StaticTarget:
             torch.cuda.synchronize()
             if self.engine is not None:
                 self.engine.check()
-            with _Recorder(self._pool, self._stream) as recorder:
-                if self.engine is not None:
-                    self.engine.cut = recorder.cut
+            with Recorder(self._pool, self._stream) as recorder:
+                hooks = [layer.register_forward_pre_hook(recorder.cut) for layer in self._cuts]
                 window.logits = self._run(window.tokens, True)
             window.graphs = recorder.graphs
         finally:
-            if self.engine is not None:
-                self.engine.cut = None
+            for hook in hooks:
+                hook.remove()
             self._own_lengths = False
             self._lengths.copy_(lengths)
             if self.engine is not None and before is not None:
@@ -326,7 +335,7 @@ class StaticTarget:
         """torch ends no capture that has failed: another one that holds sets its generator right,
         and memory and stream of the failed one are not used again."""
         self._open_captures()
-        with contextlib.suppress(RuntimeError), _Recorder(self._pool, self._stream):
+        with contextlib.suppress(RuntimeError), Recorder(self._pool, self._stream):
             self._places.clone()
 
     def _run(self, tokens: Tensor, flags: bool) -> Tensor:
@@ -356,39 +365,6 @@ class StaticTarget:
         if self._own_lengths:
             self._lengths.add_(tokens.numel())
         return logits
-
-
-class _Recorder:
-    """Captures in one CUDA graph, or in several that `cut` separates: the first, a short one, runs
-    while the next is launched."""
-
-    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
-        self.graphs: list[torch.cuda.CUDAGraph] = []
-        self._pool, self._stream = pool, stream
-
-    def __enter__(self) -> _Recorder:
-        self.graphs.append(torch.cuda.CUDAGraph())
-        # The copy thread and the worker go on calling CUDA meanwhile.
-        mode = "thread_local"
-        self._before = torch.cuda.current_stream()
-        self._capture = torch.cuda.graph(self.graphs[-1], self._pool, self._stream, mode)
-        self._capture.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """What fails inside makes the end of the capture fail, which would hide it, be it Ctrl-C,
-        and leave the capture's stream the current one."""
-        try:
-            self._capture.__exit__(*error)
-        except RuntimeError:
-            if error[0] is None:
-                raise
-        finally:
-            torch.cuda.set_stream(self._before)
-
-    def cut(self) -> None:
-        self.__exit__(None, None, None)
-        self.__enter__()
 
 
 def _weights(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:

@@ -13,12 +13,11 @@ from spac import ops
 from spac.attachment import attachment
 from spac.budget import bytes_for_ratio
 from spac.config import SpacConfig
-from spac.engine import CUT
 from spac.handoff import HandOff
 from spac.layout import ExpertLayout
 from spac.pool import SlotPool
 from spac.store import HostStore
-from spac.target import EagerTarget, NotCapturable, StaticTarget
+from spac.target import CUTS, EagerTarget, NotCapturable, StaticTarget
 from spac.testing import fault
 
 LENGTH = {"max_length": 128}
@@ -59,7 +58,7 @@ def test_the_text_is_that_of_the_plain_model(tiny_moe, prompt, ratio, gamma, str
     spac.detach(model)
 
 
-@pytest.mark.parametrize("layers", [CUT, CUT + 1, CUT + 3])
+@pytest.mark.parametrize("layers", [1, 2, CUTS[1] + 1, CUTS[1] + 3])
 def test_a_window_runs_in_graphs_of_some_layers(tiny_moe, prompt, layers, device):
     sizes = {"num_hidden_layers": layers}
     plain = spac.generate(tiny_moe(**sizes).to(device), prompt, max_new_tokens=30).cpu()
@@ -70,7 +69,8 @@ def test_a_window_runs_in_graphs_of_some_layers(tiny_moe, prompt, layers, device
     assert text.cpu().tolist() == plain.tolist()
     if device == "cuda":
         windows = attachment(model).targets[id(model)]._windows.values()
-        assert {len(w.graphs) for w in windows} == {2 + (layers > CUT)}
+        ends = {*CUTS, layers - 1} & set(range(1, layers))
+        assert {len(w.graphs) for w in windows} == {1 + len(ends)}
     spac.detach(model)
 
 
