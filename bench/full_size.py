@@ -312,8 +312,8 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         "each layer's ids on the host, in transformers' eager forward",
         f"measured: CPU reads {machine.read / 1e9:.1f} GB/s on {job.threads} threads, link "
         f"{machine.link / 1e9:.1f} GB/s, GPU memory {machine.memory / 1e9:.0f} GB/s",
-        "of roofline: the slowest of these for the bytes that the provider itself touched / the "
-        "verify step without draft",
+        "of roofline: the slowest of these for the bytes that the provider itself touched in its "
+        "windows / the verify step without draft",
         "PCIe busy: bytes / link; CPU busy: seconds in the CPU kernels; GPU waits: seconds of its "
         "that had nothing to do but wait for them, in windows by flags; GPU busy: kernel time in "
         f"{_PROFILED} profiled windows"

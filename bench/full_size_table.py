@@ -36,7 +36,7 @@ def cells(f: Figures, machine: Machine, blob: int, dense: int) -> list[Any]:
     c, verify = f.counts, f.step - f.draft
     sides = {
         "CPU": c.cpu_experts * blob / machine.read,
-        "link": c.moved / machine.link,
+        "link": (c.moved - c.in_drafts) / machine.link,
         "GPU": (c.gpu_experts * blob + dense * f.steps) / machine.memory,
     }
     return [
@@ -50,7 +50,7 @@ def cells(f: Figures, machine: Machine, blob: int, dense: int) -> list[Any]:
         f.gpu_busy,
         c.waited_seconds / f.seconds,
         c.cpu_seconds / f.seconds,
-        sides["link"] / f.seconds,
+        c.moved / machine.link / f.seconds,
         max(sides.values()) / f.steps / verify,
     ]
 

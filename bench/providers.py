@@ -42,6 +42,7 @@ class Counts:
     cpu_experts: int = 0
     moved: int = 0  # bytes over the link
     copied: int = 0  # of them, by the copy thread
+    in_drafts: int = 0  # of these, beside a draft, not beside a window
     cpu_seconds: float = 0.0
     waited_seconds: float = 0.0  # by the GPU, for the CPU's answer
 
@@ -131,6 +132,7 @@ class EngineProvider(Provider):
             cpu_experts=totals["experts"] - resident - streamed,
             moved=copied + engine.streamed_bytes,
             copied=copied,
+            in_drafts=engine.copier.bytes_in_drafts,
             cpu_seconds=engine.cpu_seconds,
             waited_seconds=engine.waited_seconds,
         )

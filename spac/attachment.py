@@ -202,7 +202,7 @@ def attach(
         _move_dense(model, target, {}, expert_ids)
         if draft is not None:
             state.draft = (draft, next(draft.parameters()).device)
-            draft.to(target)
+            _move_dense(draft, target, {}, set())
         state.engine.start()
         state.orphan = weakref.finalize(model, _close_beside, state.engine)
         state.orphan.atexit = False  # the engine sees to that itself
@@ -296,10 +296,10 @@ def _undo(model: PreTrainedModel, state: Attachment) -> None:
     _move_dense(model, state.home, state.devices, set())
     if state.draft is not None:
         draft, device = state.draft
-        draft.to(device)
+        _move_dense(draft, device, {}, set())
     known = {id(parameter): flag for parameter, flag in state.requires_grad.values()}
     for name, parameter in model.named_parameters():
-        with torch.inference_mode(parameter.is_inference()):  # elsewhere torch refuses it
+        with _own_mode(parameter):
             if id(parameter) in known:
                 parameter.requires_grad_(known[id(parameter)])
             elif name in state.requires_grad:
@@ -318,6 +318,12 @@ def _give_over(model: PreTrainedModel, state: Attachment) -> None:
     model.__dict__.pop("save_pretrained", None)
 
 
+def _own_mode(parameter: nn.Parameter) -> torch.inference_mode:
+    """Where a parameter may change: in torch's inference mode if it was made there, else outside.
+    With data of the other kind torch can no longer make views of it."""
+    return torch.inference_mode(parameter.is_inference())
+
+
 def _move_dense(
     model: PreTrainedModel,
     device: torch.device,
@@ -327,7 +333,8 @@ def _move_dense(
     """Parameters and buffers to their entry in `devices`, others to `device`."""
     for name, parameter in model.named_parameters():
         if id(parameter) not in leave:
-            parameter.data = parameter.data.to(devices.get(name, device))
+            with _own_mode(parameter):
+                parameter.data = parameter.data.to(devices.get(name, device))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         moved = buffer.to(devices.get(name, device))

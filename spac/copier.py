@@ -42,6 +42,7 @@ class CopyThread(threading.Thread):
         self.pool, self.store, self.control, self.max_copies = pool, store, control, max_copies
         self.error: BaseException | None = None
         self.bytes_copied = self.late = self.wasted = 0
+        self.bytes_in_drafts = 0  # of those copied, while a draft ran
         self._note = note
         # Pairs of each expert before it could have met one in its slot; -1: not copied by a round.
         self._pairs = np.full(pool.held.shape, -1, dtype=np.int64)
@@ -145,12 +146,13 @@ class CopyThread(threading.Thread):
     def _exchange(self, idle: Idle) -> None:
         """While a draft runs: as many experts as the link carries until it ends take residents'
         slots at once. The next window's kernels wait for them, the next round need not."""
-        pool, began = self.pool, time.perf_counter()
+        pool, began, before = self.pool, time.perf_counter(), self.bytes_copied
         resident = pool.slot_of >= 0
         flat = self.control.exchange(idle.pairs, pool.held, resident, self._fit(idle))
         most = self._fit(idle)  # choosing has taken some time
         new, old = (self._place(indices[:most]) for indices in flat)
         done = pool.replace(new, old, self._copy)
+        self.bytes_in_drafts += self.bytes_copied - before
         new, old = ((layers[done], experts[done]) for layers, experts in (new, old))
         self._forget(old, idle.frequency)
         self._pairs[new] = idle.frequency[new]

@@ -71,6 +71,7 @@ class HostStore:
         """sources: the layouts of the parameters, where they differ from those of the blobs."""
         self.layouts, self.sources = layouts, sources or layouts
         self.blobs: list[Tensor] = []
+        self._inference: set[int] = set()  # ids of parameters made in inference mode
         self._pin = pin
         self._pinned: list[Tensor] = []
         # Also when a model dies attached: pages that are unmapped while they are locked stay so,
@@ -91,6 +92,7 @@ class HostStore:
         """Move the next layer's weights in; `parameters` as from `expert_parameters`."""
         layer = len(self.blobs)
         layout = self.layouts[layer]
+        self._inference |= {id(p) for p in parameters.values() if p.is_inference()}
         if layout.form != "float":
             return self._adopt_quantized(layer, parameters)
         self.allocate()
@@ -121,18 +123,21 @@ class HostStore:
     ) -> None:
         """Give a layer's parameters memory of their own again, on `device`."""
         layout, source = self.layouts[layer], self.sources[layer]
+        for parameter in parameters.values():
+            # With data of the other kind torch could no longer make views of it.
+            with torch.inference_mode(id(parameter) in self._inference):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                if layout.form == "float":
+                    empty.copy_(parameter.data)
+                parameter.data = empty
         if layout.form != "float":
-            for parameter in parameters.values():
-                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             rows = {name: stored_view(p.data, name, source) for name, p in parameters.items()}
             views = self.views(layer)
-            for e in range(layout.num_experts):
-                one = dequantize({name: view[e] for name, view in views.items()}, layout)
-                for name, weights in one.items():
-                    rows[name][e].copy_(weights)
-            return
-        for parameter in parameters.values():
-            parameter.data = parameter.data.to(device).clone(memory_format=torch.contiguous_format)
+            with torch.inference_mode():  # where parameters of either kind may be written
+                for e in range(layout.num_experts):
+                    one = dequantize({name: view[e] for name, view in views.items()}, layout)
+                    for name, weights in one.items():
+                        rows[name][e].copy_(weights)
 
     def views(self, layer: int) -> dict[str, Tensor]:
         """The weights of a layer inside its blobs, [E, ...] row-major and strided."""

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 import spac.bench
 from spac.bench.__main__ import benchmarks, main
@@ -151,6 +152,7 @@ def test_a_check_that_does_not_hold_is_exit_code_1(bench_folder, capsys):
     assert capsys.readouterr().out == "size,repeats\n3,20\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, windows move experts as well")
 def test_figures_of_a_row_are_of_its_own_generations(tmp_path):
     file = tmp_path / "rows.json"
     argv = ["generate", "--prompt", "import re\n" * 20, "--max-new-tokens", "12", "--repeats", "1"]

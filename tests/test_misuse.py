@@ -55,9 +55,6 @@ def test_inference_mode_may_come_and_go(tiny_moe, device, static, inside):
         model = tiny_moe()
     with maybe("attach"):
         attach(model, static_windows=static, rejected_weight=0.5)
-        plain = tiny_moe().to(device)
-    if inside == "model" and not _runs(plain):
-        pytest.skip("torch does not run a model that was made and moved inside outside of it")
     for _ in range(2):
         with maybe("generate"):
             assert torch.equal(text(model, "ngram"), expected)
@@ -65,17 +62,10 @@ def test_inference_mode_may_come_and_go(tiny_moe, device, static, inside):
     with maybe("detach"):
         spac.detach(model)
     assert all(p.requires_grad for p in model.parameters())
+    with torch.set_grad_enabled(inside != "model"):
+        total = model(PROMPT).logits.sum()
     if inside != "model":
-        model(PROMPT).logits.sum().backward()
-
-
-@torch.no_grad()
-def _runs(model):
-    try:
-        model(PROMPT.to(model.device))
-    except RuntimeError:
-        return False
-    return True
+        total.backward()
 
 
 @torch.no_grad()
