@@ -308,7 +308,7 @@ def _notes(args: argparse.Namespace, job: Job, machine: Machine, dense: int) -> 
         f"{args.tokens} tokens timed after {args.warmup}; prompt of {args.prompt_tokens}, "
         "with rows of the trace's first quarter, the text goes on after it; "
         "static knows its hot set from the same text (hindsight)",
-        "spac, resident and grouped-mm run a window as one CUDA graph; the others wait for "
+        "spac, resident and grouped-mm run a window as CUDA graphs; the others wait for "
         "each layer's ids on the host, in transformers' eager forward",
         f"measured: CPU reads {machine.read / 1e9:.1f} GB/s on {job.threads} threads, link "
         f"{machine.link / 1e9:.1f} GB/s, GPU memory {machine.memory / 1e9:.0f} GB/s",

@@ -47,7 +47,7 @@ class SpacConfig:
     rebalance_every: int = 16  # windows between two integer programmes
     # Experts that may be fetched in one window, at most; after a prompt as many as it asks for.
     max_copies: int = 64
-    # Windows over a static KV cache, one CUDA graph each (spac.target). None: on a GPU; True: on a
+    # Windows over a static KV cache, as CUDA graphs (spac.target). None: on a GPU; True: on a
     # CPU too, the same path without graphs; False: transformers' eager forward.
     static_windows: bool | None = None
     # Compile norms, rotary embedding and dense MLPs when a window is captured (spac.fuse), which

@@ -1,8 +1,9 @@
 """Forwards of the models in the speculative loop: eager, or over a static KV cache.
 
-The static path captures the whole forward over W tokens in one CUDA graph per W: attention, router,
-verify kernel, resident FFN, hand-over to the CPU and the wait for it. The host program launches it
-and reads the accepted tokens. Rejected tokens are forgotten by moving the cache's length back.
+The static path captures the whole forward over W tokens in CUDA graphs, once for each W: attention,
+router, verify kernel, resident FFN, hand-over to the CPU and the wait for it. The host program
+launches them and reads the accepted tokens. Rejected tokens are forgotten by moving the cache's
+length back.
 """
 
 from __future__ import annotations
