@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> Table:
     gammas = _check(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    trace = load_trace(args.trace)
+    trace = load_trace(args.trace).text()
     threads = set_ffn_threads(args.cpu_threads, device.type == "cuda")
     try:
         made = build(args.shape, trace, args.layers, device, args.weights)

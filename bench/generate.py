@@ -15,6 +15,7 @@ from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
 from spac.config import POLICIES, SpacConfig
 from spac.demo_model import load_demo
+from spac.draft_length import parse_draft_length
 from spac.loading import load_model, load_tokenizer
 from spac.progress import progress
 from spac.speculative import GenerationResult, generate
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> Table:
         return full_size.run(args)
     if args.trace is not None or args.budget is not None:
         raise ValueError("--trace, --budget: need --shape; --cache-ratio is for real models")
-    gammas = [_gamma(text) for text in args.num_draft_tokens or ["0", "4", "auto"]]
+    gammas = [parse_draft_length(text) for text in args.num_draft_tokens or ["0", "4", "auto"]]
     model, draft, tokenizer = _load(args)
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids
     rows: list[list[Any]] = []
@@ -136,9 +137,3 @@ def _row(
         result.prefill_seconds * 1e3,
         same,
     ]
-
-
-def _gamma(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise ValueError(f'--num-draft-tokens: expected numbers or "auto", got {text}')
-    return text if text == "auto" else int(text)

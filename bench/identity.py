@@ -159,10 +159,10 @@ class _Bench:
     def _second_token(self, prompt: Tensor) -> Tensor:
         """Exact distribution [V] of the token after the next one, under SAMPLING."""
         warp = make_warp(**SAMPLING)
-        first = warp(prompt[None], self.model(prompt[None]).logits[0, -1:]).softmax(-1)[0]
+        first = warp(len(prompt), self.model(prompt[None]).logits[0, -1:]).softmax(-1)[0]
         tokens = first.nonzero()[:, 0]
         texts = torch.cat([prompt.expand(len(tokens), -1), tokens[:, None]], dim=1)
-        second = warp(texts, self.model(texts).logits[:, -1]).softmax(-1)
+        second = warp(len(prompt) + 1, self.model(texts).logits[:, -1]).softmax(-1)
         return (first[tokens, None] * second).sum(0).double()
 
     @torch.no_grad()

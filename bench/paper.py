@@ -17,11 +17,12 @@ import torch
 
 from spac.attachment import attach, attachment, detach
 from spac.bench.arguments import fraction, positive
-from spac.bench.generate import _gamma, _load
+from spac.bench.generate import _load
 from spac.bench.paper_data import SOURCES, load_prompts
 from spac.bench.report import Table
 from spac.budget import bytes_for_ratio
 from spac.config import SpacConfig
+from spac.draft_length import parse_draft_length
 from spac.progress import progress
 from spac.speculative import GenerationResult, generate
 
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Table:
     """One row per benchmark and contender, then the averages over benchmarks."""
-    gamma = _gamma(args.num_draft_tokens)
+    gamma = parse_draft_length(args.num_draft_tokens)
     results = Results(Path(args.results), _settings(args))
     texts = {name: load_prompts(name, args.samples, args.data) for name in args.benchmark}
     model, draft, tokenizer = _load(args)

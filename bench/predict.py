@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> Table:
             data = json.load(f)
     except ValueError as error:
         raise ValueError(f"{args.measured}: not JSON: {error}") from None
-    trace = load_trace(args.trace)
+    trace = load_trace(args.trace).text()
     machine = find_machine(args.profile)
     try:
         note = next((n for n in data["notes"] if n.startswith(RUN)), None)

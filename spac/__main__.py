@@ -129,16 +129,14 @@ class _Session:
         from spac.budget import bytes_for_ratio
         from spac.config import SpacConfig
         from spac.demo_model import DRAFT, TARGET
+        from spac.draft_length import parse_draft_length
         from spac.loading import load_model, load_tokenizer
 
         transformers.logging.set_verbosity_error()
         if args.demo or not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()
         path = TARGET if args.demo else args.model
-        gamma = args.num_draft_tokens
-        if gamma != "auto" and not gamma.isdecimal():
-            raise ValueError(f'--num-draft-tokens: expected a number >= 0 or "auto", got {gamma}')
-        self.gamma: int | str = gamma if gamma == "auto" else int(gamma)
+        self.gamma = parse_draft_length(args.num_draft_tokens)
         temperature, top_p = (0.8, 0.95) if args.demo else (1.0, 1.0)
         self.options = {
             "max_new_tokens": args.max_new_tokens,

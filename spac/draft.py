@@ -14,10 +14,14 @@ from spac.target import EagerTarget, Target
 
 
 class Draft(Protocol):
-    """Proposes up to `gamma` tokens that may follow `tokens` [n] (int64, on the draft's device)."""
+    """Proposes tokens that may follow a text, which grows from call to call."""
 
-    def propose(self, tokens: Tensor, gamma: int) -> tuple[Tensor, Tensor | None]:
+    def propose(self, text: list[int], gamma: int) -> tuple[Tensor, Tensor | None]:
         """Drafted ids int64 [g <= gamma] and their distributions fp32 [g, V], None if one-hot."""
+        ...
+
+    def accepted(self, count: int) -> None:
+        """The next text goes on with so many of the tokens that were proposed last."""
         ...
 
 
@@ -44,25 +48,31 @@ class ModelDraft:
         self.target = EagerTarget(model) if target is None else target
         for width in (1, 2):  # what `propose` feeds
             self.target.prepare(width)
-        self._seen = torch.empty(0, dtype=torch.int64)  # the tokens that the cache holds
+        self._cached = 0  # tokens that the cache holds
+        self._agreed = 0  # of them, that are in the next text for sure
         self.launched: Callable[[], None] = _nothing  # hears of the first step
 
-    def propose(self, tokens: Tensor, gamma: int) -> tuple[Tensor, Tensor | None]:
+    def propose(self, text: list[int], gamma: int) -> tuple[Tensor, Tensor | None]:
         device = self.model.device
-        tokens = tokens.to(device)
-        self._forget_rejected(tokens)
+        keep = min(self._agreed, len(text) - 1)  # at least one token is left to feed
+        if keep < self._cached:
+            self.target.finish(self._cached - keep)
+            self._cached = keep
+        self._agreed = len(text)
+        if not gamma:
+            return torch.empty(0, dtype=torch.int64, device=device), None
+        new = torch.tensor(text[self._cached :], device=device)
         drafted: list[Tensor] = []
         probs: list[Tensor] = []
-        new = tokens[self._seen.numel() :]
         for _ in range(gamma):
             # Two: after a window that was accepted whole, its last token is new here as well.
             feed = self.target.verify if new.numel() <= 2 else self.target.prefill
             logits = feed(new)[-1:]
             if not drafted:
                 self.launched()
-            self._seen = torch.cat([self._seen.to(device), new])
+            self._cached += new.numel()
             if self.warp is not None:
-                logits = self.warp(self._seen[None], logits)
+                logits = self.warp(self._cached, logits)
             if self.generator is None:
                 new = logits.argmax(-1)
             else:
@@ -70,18 +80,10 @@ class ModelDraft:
                 new = torch.multinomial(p[0], 1, generator=self.generator)
                 probs.append(p)
             drafted.append(new)
-        if not drafted:
-            return torch.empty(0, dtype=torch.int64, device=device), None
         return torch.cat(drafted), torch.cat(probs) if probs else None
 
-    def _forget_rejected(self, tokens: Tensor) -> None:
-        """Keep the cache entries that agree with `tokens`; leave at least one token to feed."""
-        n = min(self._seen.numel(), tokens.numel() - 1)
-        same = (self._seen[:n].to(tokens.device) == tokens[:n]).to(torch.int64)
-        keep = int(same.cumprod(0).sum())
-        if keep < self._seen.numel():
-            self.target.finish(self._seen.numel() - keep)
-            self._seen = self._seen[:keep]
+    def accepted(self, count: int) -> None:
+        self._agreed += count
 
 
 def _nothing() -> None:
@@ -96,19 +98,29 @@ class NgramDraft:
 
     def __init__(self, longest: int = 4) -> None:
         self.longest = longest
+        self._after: dict[tuple[int, ...], int] = {}  # where the text goes on behind these tokens
+        self._known = 0  # tokens of the text behind which that is known
 
-    def propose(self, tokens: Tensor, gamma: int) -> tuple[Tensor, None]:
-        for n in range(min(self.longest, tokens.numel() - 1), 0, -1):
-            windows = tokens[:-1].unfold(0, n, 1)
-            hits = (windows == tokens[-n:]).all(dim=1).nonzero()
-            if hits.numel():
-                start = int(hits[-1, 0]) + n
-                return tokens[start : start + gamma], None
-        return tokens[:0], None
+    def propose(self, text: list[int], gamma: int) -> tuple[Tensor, None]:
+        for end in range(self._known + 1, len(text)):
+            for n in range(1, min(self.longest, end) + 1):
+                self._after[tuple(text[end - n : end])] = end
+        self._known = len(text) - 1
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            start = self._after.get(tuple(text[-n:]))
+            if start is not None:
+                return torch.tensor(text[start : start + gamma], dtype=torch.int64), None
+        return torch.empty(0, dtype=torch.int64), None
+
+    def accepted(self, count: int) -> None:
+        pass
 
 
 class NoDraft:
     """Plain decoding: nothing is proposed."""
 
-    def propose(self, tokens: Tensor, gamma: int) -> tuple[Tensor, None]:
-        return tokens[:0], None
+    def propose(self, text: list[int], gamma: int) -> tuple[Tensor, None]:
+        return torch.empty(0, dtype=torch.int64), None
+
+    def accepted(self, count: int) -> None:
+        pass

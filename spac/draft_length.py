@@ -22,6 +22,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 
+def parse_draft_length(text: str) -> int | str:
+    """What a command line says of --num-draft-tokens: a number or "auto"; ValueError."""
+    if text != "auto" and not text.isdecimal():
+        raise ValueError(f'--num-draft-tokens: expected a number >= 0 or "auto", got {text}')
+    return text if text == "auto" else int(text)
+
+
 def expected_tokens(acceptance: float, gamma: int) -> float:
     """Mean tokens that one window of gamma drafted tokens yields (1..gamma + 1)."""
     return 1.0 + sum(acceptance**i for i in range(1, gamma + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-Warp = Callable[[Tensor, Tensor], Tensor]  # (input_ids [1, n], logits [W, V]) -> logits [W, V]
+Warp = Callable[[int, Tensor], Tensor]  # (length of the text, logits [W, V]) -> logits [W, V]
 _MASK = (1 << 64) - 1
 
 
@@ -26,13 +27,14 @@ def make_warp(temperature: float, top_k: int, top_p: float) -> Warp:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
-    return lambda input_ids, logits: warpers(input_ids, logits.float())
+    nothing: Any = None  # none of them asks for the text
+    return lambda length, logits: warpers(nothing, logits.float())
 
 
 class Seeded:
     """A warp whose argmax is a sample: Gumbel noise is added, fixed by seed and text position.
 
-    Row i of logits [W, V] decides position n + i of the text, n = input_ids.shape[1]. Draft and
+    Row i of logits [W, V] decides position length + i of the text. Draft and
     target see the same noise at a position, so they often choose alike, and what the target
     chooses there does not depend on what was drafted (Daliri, Musco, Suresh 2024, "Coupling
     without Communication and Drafter-Invariant Speculative Decoding"). Slightly fewer drafts are
@@ -43,11 +45,11 @@ class Seeded:
         self.warp, self.seed = warp, seed
         self._generator = torch.Generator(device)
 
-    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        scores = self.warp(input_ids, logits)
+    def __call__(self, length: int, logits: Tensor) -> Tensor:
+        scores = self.warp(length, logits)
         noise = torch.empty_like(scores)
         for row in range(len(scores)):
-            self._generator.manual_seed(_mix(self.seed, input_ids.shape[1] + row))
+            self._generator.manual_seed(_mix(self.seed, length + row))
             noise[row].exponential_(generator=self._generator)
         return scores - noise.log_()
 

@@ -121,20 +121,22 @@ def generate(
     chooser = _GammaChooser(num_draft_tokens, 0 if isinstance(drafter, NoDraft) else most)
     eos = _eos_ids(model, eos_token_id)
 
-    tokens = input_ids.to(device)[0]
+    # On the host: between two windows, whatever a GPU need not be asked for is time won.
+    text: list[int] = input_ids[0].tolist()
     result = GenerationResult(input_ids)
     target = _target(model, state, length)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     start = time.perf_counter()
-    row = target.prefill(tokens)
+    row = target.prefill(input_ids.to(device)[0])
     if bool(row.isnan().any()):
         raise ValueError(
             "generate: the model's logits are not numbers: its weights are damaged, or "
             f"{row.dtype} overflows"
         )
-    _, new, ids = _accept(target, row, tokens[:0], None, warp, tokens, generator)
-    tokens, done = _append(tokens, new, ids, result, max_new_tokens, eos, streamer)
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    outcome, ids = _accept(target, row, nothing, None, warp, len(text), generator)
+    done = _append(text, ids, result, max_new_tokens, eos, streamer)
     result.prefill_seconds = time.perf_counter() - start
     while not done:
         began = time.perf_counter()
@@ -147,20 +149,21 @@ def generate(
         ):
             engine.drafts.begin(gamma)
             drafter.launched = engine.drafts.launched
-        drafted, probs = drafter.propose(tokens, gamma)
+        drafted, probs = drafter.propose(text, gamma)
         drafted = drafted.to(device)
         if probs is not None:
             probs = probs.to(device)
-        window = torch.cat([tokens[-1:], drafted])
+        window = _joined(outcome[1:], drafted)
         captured = target.prepare(window.numel())
         began += captured
         drafted_at = time.perf_counter()
         logits = target.verify(window)
-        accepted, new, ids = _accept(target, logits, drafted, probs, warp, tokens, generator)
+        outcome, ids = _accept(target, logits, drafted, probs, warp, len(text), generator)
         if engine is not None:
-            engine.settle(accepted)
+            engine.settle(outcome[0])
         kept = len(ids) - 1
         target.finish(drafted.numel() - kept)
+        drafter.accepted(kept)
         ended = time.perf_counter()
         result.target_forwards += 1
         result.drafted += drafted.numel()
@@ -168,11 +171,12 @@ def generate(
         result.gammas.append(drafted.numel())
         chooser.observe(drafted.numel(), kept, ended - drafted_at, drafted_at - began)
         result.capture_seconds += captured
-        tokens, done = _append(tokens, new, ids, result, max_new_tokens, eos, streamer)
+        done = _append(text, ids, result, max_new_tokens, eos, streamer)
         result.decode_seconds += ended - began
     if streamer is not None:
         streamer.end()
-    result.sequences = tokens[None]
+    new = torch.tensor([text[input_ids.shape[1] :]], device=device)
+    result.sequences = torch.cat([input_ids.to(device), new], dim=1)
     result.draft_length_reason = chooser.reason
     if state is not None:
         state.last_generation = result
@@ -215,32 +219,35 @@ def _accept(
     drafted: Tensor,
     probs: Tensor | None,
     warp: Warp | None,
-    tokens: Tensor,
+    length: int,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, list[int]]:
-    """(accepted [], new ids [accepted + 1], these on the host) for the window's logits [W, V]."""
+) -> tuple[Tensor, list[int]]:
+    """For the logits [W, V] of a window behind a text of `length` tokens: how many are accepted and
+    the token after them, int64 [2], and the new ids on the host."""
     if warp is not None:
-        logits = warp(tokens[None], logits)
+        logits = warp(length, logits)
     if generator is None:
         outcome = ops.accept_greedy(logits, drafted)
     else:
         uniform = torch.rand(drafted.numel() + 1, device=logits.device, generator=generator)
         outcome = ops.accept_sample(logits, drafted, probs, uniform)
-    kept, following, *ids = target.read(torch.cat([outcome, drafted]))
-    return outcome[0], torch.cat([drafted[:kept], outcome[1:]]), [*ids[:kept], following]
+    kept, following, *ids = target.read(_joined(outcome, drafted))
+    return outcome, [*ids[:kept], following]
+
+
+def _joined(first: Tensor, drafted: Tensor) -> Tensor:
+    return torch.cat([first, drafted]) if drafted.numel() else first
 
 
 def _append(
-    tokens: Tensor,
-    new: Tensor,
+    text: list[int],
     ids: list[int],
     result: GenerationResult,
     max_new_tokens: int,
     eos: set[int],
     streamer: Any,
-) -> tuple[Tensor, bool]:
-    """Add `new` (`ids` on the host) up to the limit or the first end-of-sequence token; True when
-    done."""
+) -> bool:
+    """Add `ids` up to the limit or the first end-of-sequence token; True when done."""
     ids = ids[: max_new_tokens - result.new_tokens]
     end = next((i for i, token in enumerate(ids) if token in eos), None)
     if end is not None:
@@ -249,9 +256,8 @@ def _append(
     if streamer is not None:
         for token in ids:
             streamer.put(torch.tensor([token]))
-    return torch.cat([tokens, new[: len(ids)]]), (
-        end is not None or result.new_tokens >= max_new_tokens
-    )
+    text += ids
+    return end is not None or result.new_tokens >= max_new_tokens
 
 
 class _GammaChooser:

@@ -69,7 +69,10 @@ def test_list(capsys):
         (["generate", "--output", "nowhere/figures.md"], "--output: cannot write nowhere"),
         (["generate", "--nothing"], "unrecognized arguments: --nothing"),
         (["generate", "--trace", "t.npz"], "--trace, --budget: need --shape"),
-        (["generate", "--num-draft-tokens", "x"], '--num-draft-tokens: expected numbers or "auto"'),
+        (
+            ["generate", "--num-draft-tokens", "x"],
+            '--num-draft-tokens: expected a number >= 0 or "auto"',
+        ),
         (["generate", "--shape", "small", "--layers", "0"], "--layers: must be at least 1, got 0"),
         (["generate", "--shape", "small", "--tokens", "0"], "--tokens: must be at least 1, got 0"),
         (["verify", "--windows", "-1"], "--windows: must be at least 1, got -1"),

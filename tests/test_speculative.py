@@ -1,6 +1,7 @@
 """spac.generate: greedy text is the plain model's own, whatever budget, draft and draft length."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -176,22 +177,45 @@ def test_a_seed_decides_the_text_whatever_the_draft(tiny_moe):
 def test_model_draft_forgets_rejected_tokens(tiny_moe):
     model = tiny_moe()
     draft = ModelDraft(model, 96)
-    tokens = PROMPT[0]
-    draft.propose(tokens, 5)
-    tokens = torch.cat([tokens, torch.tensor([7, 8])])  # the target went elsewhere
-    got, probs = draft.propose(tokens, 4)
-    want, _ = ModelDraft(model, 96).propose(tokens, 4)
-    assert probs is None and torch.equal(got, want)
+    text, fed, verify = PROMPT[0].tolist(), [], draft.target.verify
+    draft.target.verify = lambda window: (fed.append(window.numel()), verify(window))[1]
+    for kept, gamma in ((0, 5), (3, 4), (4, 4), (2, 3), (0, 0), (0, 0), (0, 1), (1, 2), (0, 6)):
+        got, probs = draft.propose(text, gamma)
+        want, _ = ModelDraft(model, 96).propose(text, gamma)
+        assert probs is None and torch.equal(got, want)
+        text += [*got[:kept].tolist(), 95 - len(text)]  # the target goes elsewhere
+        draft.accepted(kept)
+    # What it has seen is not fed again: a prompt, three tokens after two windows without a draft.
+    assert len(fed) == 5 + 4 + 4 + 3 + 1 + 2 + 6 - 2 and max(fed) == 2
 
 
 def test_ngram_draft_prefers_the_longest_and_latest():
-    draft = NgramDraft()
-    tokens = torch.tensor([1, 2, 3, 9, 2, 3, 5, 6, 2, 3])
-    assert draft.propose(tokens, 3)[0].tolist() == [5, 6, 2]
-    tokens = torch.tensor([1, 2, 3, 9, 2, 3, 5, 6, 1, 2, 3])
-    assert draft.propose(tokens, 2)[0].tolist() == [9, 2]
-    assert draft.propose(torch.tensor([1, 2, 3]), 4)[0].tolist() == []
-    assert draft.propose(tokens, 0)[0].tolist() == []
+    for text, gamma, expected in (
+        ([1, 2, 3, 9, 2, 3, 5, 6, 2, 3], 3, [5, 6, 2]),
+        ([1, 2, 3, 9, 2, 3, 5, 6, 1, 2, 3], 2, [9, 2]),
+        ([1, 2, 3, 9, 2, 3, 5, 6, 1, 2, 3], 0, []),
+        ([1, 2, 3], 4, []),
+        ([7], 4, []),
+        ([7, 7], 4, [7]),
+    ):
+        drafted, _ = NgramDraft().propose(text, gamma)
+        assert drafted.tolist() == expected and drafted.dtype == torch.int64
+
+
+def _looked_up(text, gamma, longest=4):
+    for n in range(min(longest, len(text) - 1), 0, -1):
+        for start in range(len(text) - 1, n - 1, -1):
+            if text[start - n : start] == text[-n:]:
+                return text[start : start + gamma]
+    return []
+
+
+def test_ngram_draft_of_a_text_that_grows():
+    rng, draft, text = random.Random(7), NgramDraft(), [1]
+    for _ in range(200):
+        gamma = rng.randrange(5)
+        assert draft.propose(text, gamma)[0].tolist() == _looked_up(text, gamma)
+        text += rng.choices(range(3), k=rng.randrange(1, 4))
 
 
 @pytest.mark.parametrize(
