@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ class Recorder:
         self._before = torch.cuda.current_stream()
         self._capture = torch.cuda.graph(self.graphs[-1], self._pool, self._stream, mode)
         self._capture.__enter__()
-        self._collects = gc.isenabled()
-        gc.disable()  # what it finds may unlock memory or free graphs, which a capture forbids
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -38,8 +35,6 @@ class Recorder:
                 raise
         finally:
             torch.cuda.set_stream(self._before)
-            if self._collects:
-                gc.enable()
 
     def cut(self, *_: Any) -> None:
         """Go on in another graph; a forward hook, too."""

@@ -9,6 +9,7 @@ length back.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import threading
@@ -301,11 +302,13 @@ class StaticTarget:
         """
         self._own_lengths = own_lengths
         hooks: list[Any] = []
+        collects = gc.isenabled()
         before = None if self.engine is None else self.engine.save()
         lengths = self._lengths.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         try:
+            gc.disable()  # what it finds may unlock memory or free graphs, which a capture forbids
             with torch.cuda.stream(side):
                 if self.engine is not None:
                     self.engine.begin_window(width)
@@ -314,10 +317,13 @@ class StaticTarget:
             if self.engine is not None:
                 self.engine.check()
             with Recorder(self._pool, self._stream) as recorder:
-                hooks = [layer.register_forward_pre_hook(recorder.cut) for layer in self._cuts]
+                for layer in self._cuts:
+                    hooks.append(layer.register_forward_pre_hook(recorder.cut))
                 window.logits = self._run(window.tokens, True)
             window.graphs = recorder.graphs
         finally:
+            if collects:
+                gc.enable()
             for hook in hooks:
                 hook.remove()
             self._own_lengths = False

@@ -1,9 +1,11 @@
 """Windows over a static cache, handed to the CPU by flags: same text, errors, no hang."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -278,3 +280,56 @@ spac.generate(model, tokenizer("def f(", return_tensors="pt").input_ids, max_new
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+class _Nothing:
+    """In the place of what CUDA has; notes what is captured."""
+
+    inside: list[str] = []
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        self.inside.append("graph")
+
+    def __exit__(self, *error):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_cut_a_capture(tiny_moe, monkeypatch, fails):
+    """Without a GPU: what is captured where, and what is left behind."""
+    model = tiny_moe(num_hidden_layers=4)
+    target, inside = StaticTarget(model, None, 64), []
+    monkeypatch.setattr(_Nothing, "inside", inside)
+    for name in ("Stream", "current_stream", "stream", "synchronize", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, _Nothing)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    target._pool = target._stream = None
+    layers = model.model.layers
+    target._cuts = [layers[1], layers[3]]
+    seen = [
+        layer.register_forward_hook(lambda *_, i=i: inside.append(f"layer {i}"))
+        for i, layer in enumerate(layers)
+    ]
+
+    def fail(*_):
+        if fails and inside.count("graph") == 4:
+            raise ZeroDivisionError
+
+    seen.append(layers[3].register_forward_hook(fail))
+    window = target._prepare(2)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        target._capture(window, 2, own_lengths=False)
+    warm_up = ["graph", *(f"layer {i}" for i in range(4))]  # that one is a stream
+    captured = ["graph", "layer 0", "graph", "layer 1", "layer 2", "graph", "layer 3"]
+    assert inside == warm_up + captured
+    assert len(window.graphs) == (0 if fails else 3)
+    for hook in seen:
+        hook.remove()
+    assert gc.isenabled() and not any(layer._forward_pre_hooks for layer in layers)
+    assert (target._lengths == 0).all()
