@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 # Seconds of a draft model that are worth copies: in less, they bring less than the host takes to
 # learn what the last window did, and to choose.
 SHORTEST_DRAFT = 3e-3
+# What the host does meanwhile, in seconds beside an H200 (docs/benchmarks.md): a draft with copies
+# ends so much later than one without, and its copies have so much less time than it lasts.
+DRAFT_LATER = 1.0e-3
+COPIES_LATER = 1.5e-3
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]

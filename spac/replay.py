@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from spac.balance import BalanceProblem, Balancer
 from spac.cost import CostModel
+from spac.keep import DRAFT_LATER, SHORTEST_DRAFT
 from spac.policy import Policy, PrefetchOracle, Spac
 from spac.profile import Profile
 from spac.replay_slots import Rounds, Slots
@@ -194,6 +195,8 @@ def replay(
         pool.rank(policy)
         seconds, pairs, resident_pairs = draft_token * (W - 1), 0.0, 0.0
         pool.begin_window(policy, seconds)
+        if draft_copies and seconds >= SHORTEST_DRAFT:
+            seconds += DRAFT_LATER
         for layer in range(layers):
             ids = window.ids[:, layer]
             n = pair_counts(ids, num_experts)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spac.cost import CostModel
-from spac.keep import SHORTEST_DRAFT, exchange, margin, ranked, stream_and_keep
+from spac.keep import COPIES_LATER, SHORTEST_DRAFT, exchange, margin, ranked, stream_and_keep
 from spac.policy import Policy
 
 
@@ -150,7 +150,7 @@ class Rounds(Slots):
             self._replace(new, old)
         self._kept = []
         if self.draft_copies and self._pairs.any() and drafting >= SHORTEST_DRAFT:
-            self._exchange(policy, int(idle / self.copy_seconds))
+            self._exchange(policy, int(max(idle - COPIES_LATER, 0.0) / self.copy_seconds))
         self.resident[self._leaving] = False
         self.unused[self._leaving] = False
         self.free += len(self._leaving)
