@@ -287,8 +287,8 @@ def machinery(slots, most):
 @pytest.mark.parametrize("most", [0, 2])
 @pytest.mark.parametrize("seconds", [0, 1, 3, 99])
 def test_replay_and_engine_choose_alike(seconds, most, monkeypatch):
-    """A copy takes a second, of a clock that stands while the host chooses; nothing streams, so that
-    nothing else changes places."""
+    """A copy takes a second, of a clock that stands while the host chooses; nothing streams, so
+    that nothing else changes places."""
     monkeypatch.setattr("spac.replay_slots.COPIES_LATER", 0.0)
     rng, slots = np.random.default_rng(), 9
     control, copier, pool = machinery(slots, most)

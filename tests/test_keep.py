@@ -78,11 +78,13 @@ def test_residents_with_pairs_stay():
     assert (r.kept, r.streamed, r.coverage) == (0, 3, 0.5)
 
 
-def test_while_a_draft_runs_the_last_window_is_copied():
+def test_while_a_draft_runs_the_last_window_is_copied(monkeypatch):
+    monkeypatch.setattr("spac.replay.DRAFT_LATER", 0.5)
+    monkeypatch.setattr("spac.replay_slots.COPIES_LATER", 1.0)
     rows, options = [[1, 1], [1, 1], [2, 2], [2, 2]], {"keep": True, "draft_copies": True}
-    copied = run(rows, 1, FAST_CPU, draft_token=4.0, **options)
+    copied = run(rows, 1, FAST_CPU, draft_token=5.0, **options)
     assert copied.streamed == 0 and copied.copies == 2  # the CPU computed what was missing
     assert copied.coverage_by_window == [0, 1, 0, 1]
-    assert copied.step_seconds == [4 + 5, 4 + 3, 4 + 5, 4 + 3]  # no window waited for a copy
-    too_short = run(rows, 1, FAST_CPU, draft_token=3.9, **options)
+    assert copied.step_seconds == [5.5 + 5, 5.5 + 3, 5.5 + 5, 5.5 + 3]  # none waited for a copy
+    too_short = run(rows, 1, FAST_CPU, draft_token=4.9, **options)
     assert too_short.coverage == 0 and too_short.copies == 0
