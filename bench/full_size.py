@@ -334,7 +334,7 @@ def _check(args: argparse.Namespace) -> list[int]:
     if args.draft not in (None, "none", *DRAFTS):
         raise ValueError(f"--draft: expected {', '.join(DRAFTS)} or none, got {args.draft}")
     texts = args.num_draft_tokens or ["0", "8"]
-    if not all(text.isdigit() for text in texts):
+    if not all(text.isdecimal() for text in texts):
         raise ValueError(f"--num-draft-tokens: with --shape numbers only, got {' '.join(texts)}")
     if args.policy not in POLICIES:
         raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {args.policy}")

@@ -126,18 +126,19 @@ class HostStore:
         for parameter in parameters.values():
             # With data of the other kind torch could no longer make views of it.
             with torch.inference_mode(id(parameter) in self._inference):
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                own = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 if layout.form == "float":
-                    empty.copy_(parameter.data)
-                parameter.data = empty
-        if layout.form != "float":
-            rows = {name: stored_view(p.data, name, source) for name, p in parameters.items()}
-            views = self.views(layer)
-            with torch.inference_mode():  # where parameters of either kind may be written
-                for e in range(layout.num_experts):
-                    one = dequantize({name: view[e] for name, view in views.items()}, layout)
-                    for name, weights in one.items():
-                        rows[name][e].copy_(weights)
+                    own.copy_(parameter.data)
+                parameter.data = own
+        if layout.form == "float":
+            return
+        rows = {name: stored_view(p.data, name, source) for name, p in parameters.items()}
+        views = self.views(layer)
+        with torch.inference_mode():  # where parameters of either kind may be written
+            for e in range(layout.num_experts):
+                one = dequantize({name: view[e] for name, view in views.items()}, layout)
+                for name, weights in one.items():
+                    rows[name][e].copy_(weights)
 
     def views(self, layer: int) -> dict[str, Tensor]:
         """The weights of a layer inside its blobs, [E, ...] row-major and strided."""

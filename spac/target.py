@@ -33,10 +33,9 @@ from spac.prefill import PREFILL_CHUNK
 
 _LENGTH_ALIGN = 64  # of a static cache: attention kernels read masks in aligned pieces
 _FUSE_LAYERS = 16
-CUTS = (
-    1,
-    5,
-)  # before these layers begins another CUDA graph: each lasts as long as to launch the next
+# With these layers, and the last one, begins another CUDA graph of a window: each of the first ones
+# lasts as long as to launch the next.
+CUTS = 1, 5
 log = logging.getLogger("spac")
 _capturing = threading.Lock()  # graphs of models in different threads: one capture at a time
 
@@ -191,7 +190,7 @@ class StaticTarget:
 
     @property
     def captured(self) -> list[int]:
-        """Widths that run as one graph."""
+        """Widths that run as CUDA graphs."""
         return sorted(w for w, window in self._windows.items() if window.graphs)
 
     def reset(self) -> None:
@@ -214,8 +213,6 @@ class StaticTarget:
     def verify(self, window: Tensor) -> Tensor:
         width = window.numel()
         self.prepare(width)
-        if self._under_way:
-            self._wait()
         ready = self._windows[width]
         if ready.flags and self.engine is not None:
             self.engine.begin_window(width)
